@@ -1,0 +1,158 @@
+"""What function a model computes, as a hash: the part of a scores entry's key that depends on the model.
+
+Two models get the same fingerprint only where they yield the same scores up to rounding: the bytes of every weight and
+buffer, the architecture with its settings, and how it is quantized all count. An adapter counts for what it does: a
+fresh LoRA, which does nothing, not at all.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import xxhash
+
+from .scoring import causal_lm
+
+_NOT_THE_FUNCTION = {
+    # Settings of a model's config that its logits do not depend on; hosts change some of them.
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "dtype",  # the weights' own dtypes count
+    "embd_pdrop",
+    "eos_token_id",
+    "hidden_dropout",
+    "initializer_range",
+    "keys_to_ignore_at_inference",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "resid_pdrop",
+    "return_dict",
+    "router_aux_loss_coef",
+    "sep_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "unsloth_version",
+    "use_cache",
+}
+
+_LORA_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """128-bit hash, in hexadecimal, of the function that a causal language model computes as it stands."""
+    lm = causal_lm(model)
+    tensors = {name: _tensor_hash(tensor) for name, tensor in effective_tensors(model)}
+    facts = {
+        "class": type(lm).__name__,
+        "config": _function_settings(lm.config.to_dict()),
+        "adapters": _other_adapters(model),
+        "tensors": tensors,
+    }
+    return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
+
+
+def quantization(model: torch.nn.Module) -> str:
+    """How the model's weights are quantized, as canonical JSON; `"none"` where they are not."""
+    config = getattr(causal_lm(model).config, "quantization_config", None)
+    if config is None:
+        return "none"
+    return _canonical(config if isinstance(config, dict) else config.to_dict()).decode()
+
+
+def effective_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of every tensor that the model's function depends on, named as without adapters.
+
+    Parameters, buffers (rotary frequencies too) and the quantization state of packed weights. Of a LoRA pair, both
+    matrices or, where one of them is zero and so their product, neither; of a module saved with the adapter, the copy
+    in use.
+    """
+    lm = causal_lm(model)
+    idle, scalings = _lora_parts(lm)
+    for prefix, module in lm.named_modules():
+        tensors: dict[str, Any] = {}
+        module._save_to_state_dict(tensors, "", True)  # names the scales of bitsandbytes' packed weights too
+        tensors |= dict(module.named_buffers(recurse=False))  # those that are not saved, such as rotary frequencies
+        for name, tensor in tensors.items():
+            path = f"{prefix}.{name}".lstrip(".").split(".")
+            if isinstance(tensor, torch.Tensor) and not any(".".join(path[:end]) in idle for end in range(len(path) + 1)):
+                yield _name_without_adapter(path), tensor
+    yield from scalings.items()
+
+
+def _lora_parts(lm: torch.nn.Module) -> tuple[set[str], dict[str, torch.Tensor]]:
+    """Names of the adapter parts that leave the function as it is, and the scalings of the LoRA pairs that do not."""
+    idle: set[str] = set()
+    scalings: dict[str, torch.Tensor] = {}
+    from transformers.utils import is_peft_available
+
+    if not is_peft_available():
+        return idle, scalings
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for prefix, module in lm.named_modules():
+        if isinstance(module, LoraLayer):
+            active = set() if module.disable_adapters or module.merged else set(module.active_adapters)
+            for adapter, scaling in module.scaling.items():
+                if adapter in active and _does_something(module, adapter):
+                    scalings[f"{prefix}.scaling.{adapter}"] = torch.tensor(scaling)
+                else:
+                    idle |= {f"{prefix}.{part}.{adapter}" for part in _LORA_FACTORS}
+                if adapter not in active:
+                    idle.add(f"{prefix}.lora_magnitude_vector.{adapter}")
+        elif isinstance(module, ModulesToSaveWrapper):
+            active = set() if module.disable_adapters else set(module.active_adapters)
+            idle |= {f"{prefix}.modules_to_save.{name}" for name in module.modules_to_save if name not in active}
+            if active:
+                idle.add(f"{prefix}.original_module")
+    return idle, scalings
+
+
+def _other_adapters(model: torch.nn.Module) -> dict[str, Any]:
+    """Configs of the adapters whose function this module cannot tell from their weights: all but LoRA's."""
+    configs = getattr(model, "peft_config", {})
+    return {name: config.to_dict() for name, config in configs.items() if config.peft_type != "LORA"}
+
+
+def _does_something(module: Any, adapter: str) -> bool:
+    """Whether a LoRA layer's update B A (or its bias) is other than zero."""
+    factors = [getattr(module, part) for part in _LORA_FACTORS]
+    mine = [part[adapter] for part in factors if adapter in part]
+    nonzero = [bool(getattr(part, "weight", part).any()) for part in mine]
+    biases = [part.bias for part in mine if getattr(part, "bias", None) is not None]
+    return all(nonzero) or any(bool(bias.any()) for bias in biases)
+
+
+def _name_without_adapter(parts: list[str]) -> str:
+    if "modules_to_save" in parts:
+        index = parts.index("modules_to_save")
+        parts[index : index + 2] = []
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+
+
+def _tensor_hash(tensor: torch.Tensor) -> str:
+    digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.numel():
+        data = tensor.detach().contiguous().flatten().view(torch.uint8)
+        for piece in data.split(2**28):  # a quarter of a GiB at a time leaves the device
+            digest.update(piece.cpu().numpy())
+    return digest.hexdigest()
+
+
+def _function_settings(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _function_settings(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _NOT_THE_FUNCTION
+    }
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()

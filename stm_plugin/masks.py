@@ -1,0 +1,122 @@
+"""From scores to the masked labels of a whole training set, and what there is to report about them."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .constants import IGNORE_INDEX
+from .documents import Documents
+from .options import STMOptions
+from .selection import check_scores, fraction_threshold_nats, select_masked
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masked labels of a data set.
+
+    Attributes:
+        documents: The data set's documents.
+        labels: Final labels of all tokens, shape `(total,)`, int32.
+        masked: Whether STM masked a token, shape `(total,)`, bool.
+        threshold_nats: The threshold that was compared, in nats.
+        num_stop_tokens: Stop tokens among the label tokens.
+        num_masked_stop_tokens: Those of them that are masked.
+    """
+
+    documents: Documents
+    labels: np.ndarray
+    masked: np.ndarray
+    threshold_nats: float
+    num_stop_tokens: int
+    num_masked_stop_tokens: int
+
+    @property
+    def num_masked(self) -> int:
+        """Masked label tokens."""
+        return int(self.masked.sum())
+
+    @property
+    def masked_fraction(self) -> float:
+        """Masked label tokens over all label tokens, pooled."""
+        return self.num_masked / self.documents.num_label_tokens
+
+    @property
+    def masked_stop_tokens_fraction(self) -> float:
+        """Masked stop tokens over all stop tokens among the label tokens; 0 where there are none."""
+        return self.num_masked_stop_tokens / max(1, self.num_stop_tokens)
+
+    @property
+    def masked_per_row(self) -> np.ndarray:
+        """Masked label tokens of each row, shape `(R,)`."""
+        return self.documents.rows_with(self.masked)
+
+    @property
+    def rows_without_kept_tokens(self) -> int:
+        """Rows that had label tokens and keep none."""
+        had = self.documents.rows_with(self.documents.label_mask)
+        return int(((had > 0) & (had == self.masked_per_row)).sum())
+
+
+def make_masks(documents: Documents, nll: np.ndarray, options: STMOptions, stop_token_ids: set[int]) -> Masks:
+    """Mask a training set.
+
+    Args:
+        documents: Its documents.
+        nll: NLL in nats of all N label tokens, in the data set's order, shape `(N,)`, float32.
+        options: Checked STM options.
+        stop_token_ids: Ids that end a turn or a text.
+
+    Returns:
+        The masks.
+
+    Raises:
+        ValueError: For no label token at all, a NaN score, or a threshold that every label token exceeds.
+    """
+    if len(nll) == 0:
+        raise ValueError(
+            "The training set has no label token: every label is -100, or stands at the start of its document. Check the "
+            "chat template and the options that decide which tokens are trained."
+        )
+    check_scores(nll)
+    label_ids = documents.label_ids
+    is_stop = np.isin(label_ids, list(stop_token_ids))
+    candidates = ~is_stop if options.stm_keep_stop_tokens else None
+    if options.stm_mask_fraction is not None:
+        threshold_nats = fraction_threshold_nats(
+            nll if candidates is None else nll[candidates], options.stm_mask_fraction
+        )
+    else:
+        assert options.threshold is not None
+        threshold_nats = math.log(options.threshold)
+    masked_labels = select_masked(
+        nll,
+        documents.tokens_per_document,
+        threshold_nats=threshold_nats,
+        strategy=options.stm_strategy,
+        seed=options.stm_seed,
+        label_ids=label_ids,
+        candidates=candidates,
+    )
+    if masked_labels.all():
+        smallest = math.exp(nll.min())
+        raise ValueError(
+            f"Every one of the {len(nll)} label tokens has a perplexity above stm_threshold={options.threshold}, so "
+            f"nothing is left to train on. The smallest perplexity is {smallest:.6g}; {_threshold_for_share(nll):.6g} "
+            "would mask about 22 %. Look first whether the chat template is the model's own."
+        )
+    masked = np.zeros(len(documents.labels), dtype=bool)
+    masked[documents.label_mask] = masked_labels
+    return Masks(
+        documents,
+        np.where(masked, np.int32(IGNORE_INDEX), documents.labels),
+        masked,
+        threshold_nats,
+        int(is_stop.sum()),
+        int((is_stop & masked_labels).sum()),
+    )
+
+
+def _threshold_for_share(nll: np.ndarray, share: float = 0.22) -> float:
+    """Perplexity that masks a share of the tokens: what to suggest to a user."""
+    return math.exp(fraction_threshold_nats(nll, share))

@@ -1,0 +1,434 @@
+"""Selective Token Masking for any `transformers.Trainer`: the training set's labels are masked before the first step.
+
+Whatever follows the labels (collator, packing, token counts, every fused loss) then works as the host has it. The seams,
+and all that is overridden:
+
+- `_prepare_for_training`: the model is placed, cast and under autocast; scores are found or made, `train_dataset` gets
+  its masked labels, and the dataloader is built anew from the random state that the host's own was built from.
+- `_load_from_checkpoint`: scores that a resumed run needs and that are gone are made while the weights are still those
+  of the start.
+- `get_batch_samples`: counts for the metrics; a step without kept tokens divides by 1.
+- `save_model`, `log`: the receipt and the metrics.
+"""
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import datasets
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .collators import MaskCounter, check_collator
+from .constants import IGNORE_INDEX, MASKED_COLUMN
+from .documents import Documents, with_columns
+from .fingerprint import model_fingerprint, quantization
+from .logs import show_log_lines
+from .masks import Masks, make_masks
+from .options import REFERENCE_INITIAL, STMOptions
+from .plan import ScorePlan
+from .randomness import RandomState, preserved_random_state
+from .receipt import OPTIONS_OF_THE_MASK, Receipt, make_receipt, read_receipt, write_receipt
+from .reference import check_same_tokens, loaded_reference
+from .scoring import score
+from .store import ScoresError, ScoresKey, ScoreStore
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Host
+else:
+    _Host = object
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+_STOP_TOKENS_WARNING = 0.05
+
+
+class STMState(TrainerCallback, ExportableState):
+    """Carries the receipt into `trainer_state.json`, where a resumed run reads it."""
+
+    def __init__(self) -> None:
+        self.receipt: Receipt | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What `Trainer` saves."""
+        return {"args": {}, "attributes": {"receipt": self.receipt}}
+
+
+@dataclass(frozen=True)
+class MaskedRun:
+    """A training set that has been masked, and what it was made from.
+
+    Attributes:
+        options: The options in force.
+        source: The data set as the host prepared it.
+        masked: The data set with its masked labels.
+        plan: What was scored.
+        scores: NLL in nats in the plan's order.
+        key: Key of the scores.
+        receipt: What `stm.json` says.
+    """
+
+    options: STMOptions
+    source: "datasets.Dataset"
+    masked: "datasets.Dataset"
+    plan: ScorePlan
+    scores: Any
+    key: ScoresKey
+    receipt: Receipt
+
+
+class STMTrainerMixin(_Host):
+    """Puts Selective Token Masking (arXiv 2501.14315) into a `transformers.Trainer`, left of it in the bases.
+
+    The host's arguments carry the fields of `STMOptions`. The host's `__init__` ends with `_stm_setup()`.
+    """
+
+    _stm_trains_first_label = False
+    """Whether the host trains a label at a document's position 0, which has no score."""
+
+    def _stm_setup(self) -> None:
+        """Check, before anything is trained, all that can be checked; raise ValueError for what cannot be masked."""
+        show_log_lines()
+        self._stm_run: MaskedRun | None = None
+        self._stm_state = STMState()
+        self._stm_loader_state = RandomState()
+        self._stm_counts: dict[str, Any] = {}
+        options = STMOptions.from_args(self.args)
+        self._stm_check_supported()
+        documents = Documents.from_dataset(self.train_dataset)
+        if options.stm_reference != REFERENCE_INITIAL:
+            assert not isinstance(options.stm_reference_kwargs, str)
+            check_same_tokens(
+                options.stm_reference,
+                options.stm_reference_kwargs or {},
+                getattr(self.processing_class, "tokenizer", self.processing_class),
+                documents.input_ids,
+            )
+        self._stm_from_main(ScoreStore(options.stm_scores_dir).check_writable)
+        self.add_callback(self._stm_state)
+        if not self.args.average_tokens_across_devices:
+            self.args.average_tokens_across_devices = True
+            self._stm_info("average_tokens_across_devices is on while STM is: its loss is over all tokens of a step.")
+        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            self._stm_warn(
+                "The loss of %s takes no count of tokens, so the host averages over micro-batches instead of over all kept "
+                "tokens of a step.",
+                type(self.model).__name__,
+            )
+
+    def _stm_check_supported(self) -> None:
+        if not isinstance(self.train_dataset, datasets.Dataset):
+            raise ValueError(
+                "stm_reference='initial' scores the training set before the first step, which a streaming or custom data "
+                f"set ({type(self.train_dataset).__name__}) does not allow. Load it as a datasets.Dataset (streaming=False)."
+            )
+        from peft import PeftModel, PromptLearningConfig
+
+        if isinstance(self.model, PeftModel):
+            for name, config in self.model.peft_config.items():
+                if isinstance(config, PromptLearningConfig):
+                    raise ValueError(
+                        f"STM cannot score through the virtual tokens of adapter {name!r} ({config.peft_type}): they shift "
+                        "every position. Use LoRA or another adapter without virtual tokens."
+                    )
+        parallelism = self.accelerator.parallelism_config
+        enabled = parallelism is not None and {
+            "context parallelism (cp_size)": parallelism.cp_enabled,
+            "sequence parallelism (sp_size)": parallelism.sp_enabled,
+            "tensor parallelism (tp_size)": parallelism.tp_enabled,
+        }
+        kinds = [kind for kind, on in (enabled or {}).items() if on]
+        if self.is_fsdp_enabled:
+            kinds.append("FSDP")
+        if self.is_deepspeed_enabled:
+            kinds.append("DeepSpeed")
+        if self.args.n_gpu > 1:
+            kinds.append("nn.DataParallel (launch with torchrun or accelerate instead)")
+        if kinds:
+            raise ValueError(f"STM cannot yet score exactly under {' and '.join(kinds)}. Use one process, or DDP.")
+
+    def get_train_dataloader(self) -> Any:
+        """The host's, remembering the random state that it was built from."""
+        self._stm_loader_state = RandomState()
+        return super().get_train_dataloader()
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        with preserved_random_state():
+            self._stm_mask(resume_from_checkpoint)
+            self._stm_loader_state.restore()
+            train_dataloader = self._stm_train_dataloader()
+        self.callback_handler.train_dataloader = train_dataloader
+        return model, train_dataloader
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_in_train and self._stm_run is None and model is None:
+            with preserved_random_state():
+                self._stm_score_before_resuming(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _stm_mask(self, checkpoint: str | None) -> None:
+        """Give `train_dataset` its masked labels, unless it has them already."""
+        options = STMOptions.from_args(self.args)
+        run, origin = self._stm_run, "made before"
+        if run is not None and self.train_dataset is run.masked:
+            source, plan, scores, key = run.source, run.plan, run.scores, run.key
+            if options.stm_reference != run.options.stm_reference:
+                raise ValueError(
+                    f"stm_reference changed from {run.options.stm_reference!r} to {options.stm_reference!r} after the "
+                    "training set was scored. Make a new trainer for it."
+                )
+        else:
+            source = self.train_dataset
+            plan = ScorePlan.of(Documents.from_dataset(source))
+            if checkpoint is None:
+                key, scores, origin = self._stm_find_or_make_scores(plan, options)
+            else:
+                key, scores, origin = *self._stm_scores_of_checkpoint(checkpoint, plan, options), "of the original start"
+        if run is None or self.train_dataset is not run.masked or options != run.options:
+            masks = make_masks(plan.documents, plan.spread(scores), options, self._stm_stop_token_ids())
+            run = self._stm_apply(masks, MaskedRun(options, source, source, plan, scores, key, {}), origin)
+        if checkpoint is not None:
+            self._stm_check_resumed(checkpoint, run)
+        self._stm_run, self.train_dataset = run, run.masked
+        self._stm_state.receipt = run.receipt
+        self._stm_counts = {}
+        if self.args.should_save:
+            write_receipt(run.receipt, self.args.output_dir)
+
+    def _stm_apply(self, masks: Masks, run: MaskedRun, origin: str) -> MaskedRun:
+        """Check masks against the collator and report them; the run with its masked data set and receipt."""
+        masked = with_columns(run.source, masks.documents, masks.labels, **{MASKED_COLUMN: masks.masked_per_row})
+        self._stm_check_collator(masked, masks)
+        entry = ScoreStore(run.options.stm_scores_dir).path(run.key)
+        receipt = make_receipt(
+            masks,
+            run.options,
+            run.key,
+            entry,
+            unscored_label_tokens=masks.documents.num_unscored_labels if self._stm_trains_first_label else 0,
+            dtype=sorted({str(parameter.dtype) for parameter in self.model.parameters()}),
+            autocast=run.key.autocast,
+            normalization="global",
+        )
+        self._stm_info(
+            "STM is on: %s of %s label tokens masked (%.2f %%), those of perplexity above %s (%s nats, strategy %s, "
+            "reference %s). Scores: %s, in %s. The training loss is over kept tokens: compare eval_loss, not it, with a "
+            "plain run's.",
+            f"{masks.num_masked:,}",
+            f"{masks.documents.num_label_tokens:,}",
+            100 * masks.masked_fraction,
+            receipt["threshold"],
+            receipt["threshold_nats"],
+            run.options.stm_strategy,
+            run.options.stm_reference,
+            origin,
+            entry,
+        )
+        if masks.rows_without_kept_tokens:
+            self._stm_info("%d of %d rows keep no token.", masks.rows_without_kept_tokens, receipt["rows"])
+        if masks.masked_stop_tokens_fraction > _STOP_TOKENS_WARNING:
+            self._stm_warn(
+                "STM masks %.1f %% of the stop tokens (%d of %d): the model may not learn to stop. A base model or a foreign "
+                "chat template is the usual cause. stm_keep_stop_tokens=True keeps them in the loss.",
+                100 * masks.masked_stop_tokens_fraction,
+                masks.num_masked_stop_tokens,
+                masks.num_stop_tokens,
+            )
+        return MaskedRun(run.options, run.source, masked, run.plan, run.scores, run.key, receipt)
+
+    def _stm_find_or_make_scores(
+        self, plan: ScorePlan, options: STMOptions, expected: ScoresKey | None = None
+    ) -> tuple[ScoresKey, Any, str]:
+        """Key and scores of a plan, and where they came from; with `expected`, only if that is the key."""
+        store = ScoreStore(options.stm_scores_dir)
+        with self._stm_scoring_model(options) as (model, autocast):
+            key = self._stm_from_main(lambda: _scores_key(model, autocast, plan, self.args.device.type))
+            if expected is not None and key != expected:
+                differing = [name for name, value in vars(expected).items() if value != getattr(key, name)]
+                raise ScoresError(
+                    f"The scores of the original start are gone from {store.path(expected)}, and cannot be made again from "
+                    f"this model: its {' and '.join(differing)} differs. Put that folder back, or build the trainer with "
+                    "the model that the run started from."
+                )
+            scores = self._stm_from_main(lambda: store.read(key, plan.num_scores))
+            if scores is not None:
+                return key, scores, "found"
+            started = time.monotonic()
+            share = score(
+                model,
+                plan,
+                tokens_per_batch=options.stm_tokens_per_batch,
+                autocast=autocast,
+                process_index=self.args.process_index,
+                num_processes=self.args.world_size,
+                progress=self.is_local_process_zero() and not self.args.disable_tqdm,
+            )
+        if self.args.world_size > 1:
+            whole = self.accelerator.reduce(torch.from_numpy(share).to(self.args.device), "sum")
+            share = whole.cpu().numpy()
+        self._stm_from_main(lambda: store.write(key, share))
+        return key, share, f"made in {time.monotonic() - started:.1f} s"
+
+    @contextmanager
+    def _stm_scoring_model(
+        self, options: STMOptions
+    ) -> Iterator[tuple[Any, Callable[[], AbstractContextManager[Any]]]]:
+        """The model that scores and its autocast: the one about to train, as it will train, or the reference."""
+        if options.stm_reference == REFERENCE_INITIAL:
+            yield self.model, self.accelerator.autocast
+        else:
+            with loaded_reference(options, self.args.device) as model:
+                yield model, nullcontext
+                del model
+            gc.collect()
+
+    def _stm_scores_of_checkpoint(
+        self, checkpoint: str, plan: ScorePlan, options: STMOptions
+    ) -> tuple[ScoresKey, Any]:
+        """Key and scores that the run started with whose checkpoint is resumed."""
+        key = self._stm_key_of_checkpoint(checkpoint, plan)
+        store = ScoreStore(options.stm_scores_dir)
+        scores = self._stm_from_main(lambda: store.read(key, plan.num_scores))
+        if scores is None:
+            raise ScoresError(
+                f"The scores of the original start are gone from {store.path(key)}, and the weights that {checkpoint} holds "
+                "are not those they were made from. Put that folder back, or set stm_scores_dir to where it is."
+            )
+        return key, scores
+
+    def _stm_score_before_resuming(self, checkpoint: str) -> None:
+        """If a resumed run's scores are gone, make them while the model is still as its trainer was given it."""
+        options = STMOptions.from_args(self.args)
+        plan = ScorePlan.of(Documents.from_dataset(self.train_dataset))
+        key = self._stm_key_of_checkpoint(checkpoint, plan)
+        if not self._stm_from_main(ScoreStore(options.stm_scores_dir).path(key).exists):
+            self._stm_find_or_make_scores(plan, options, expected=key)
+
+    def _stm_key_of_checkpoint(self, checkpoint: str, plan: ScorePlan) -> ScoresKey:
+        key = ScoresKey(**_receipt_of(checkpoint)["scores_key"])
+        if key.data != plan.fingerprint:
+            raise ScoresError(
+                f"{checkpoint} was trained on other rows: the token ids or label positions of this training set differ from "
+                "those that were scored at the original start. Resume with the same data, chat template and max_length."
+            )
+        return key
+
+    def _stm_check_resumed(self, checkpoint: str, run: MaskedRun) -> None:
+        original = _receipt_of(checkpoint)
+        for name in OPTIONS_OF_THE_MASK:
+            if original[name] != run.receipt[name] and not (name == "threshold_nats" and original["mask_fraction"]):
+                raise ValueError(
+                    f"{checkpoint} was trained with {name}={original[name]!r}, this run has {run.receipt[name]!r}. A resumed "
+                    "run keeps the masks of its start: set the option back, or start a new run."
+                )
+        if original["mask_digest"] != run.receipt["mask_digest"]:
+            raise ValueError(
+                f"The masks of this run are not those of {checkpoint} (digest {run.receipt['mask_digest'][:12]}… against "
+                f"{original['mask_digest'][:12]}…), though scores and options agree: the tokenizer's or the model's stop "
+                "tokens may have changed."
+            )
+
+    def _stm_check_collator(self, masked: "datasets.Dataset", masks: Masks, num_rows: int = 4) -> None:
+        counts = masks.masked_per_row
+        indices = sorted(sorted(range(len(counts)), key=lambda row: -counts[row])[:num_rows])
+        rows = self._remove_unused_columns(masked.select(indices).remove_columns(MASKED_COLUMN), "STM check")
+        offsets = masks.documents.row_offsets
+        check_collator(
+            self.data_collator,
+            [rows[index] for index in range(len(rows))],
+            [masks.masked[offsets[index] : offsets[index + 1]] for index in indices],
+        )
+
+    def _stm_train_dataloader(self) -> Any:
+        """The host's dataloader of the masked data set, whose batches carry their count of masked tokens."""
+        self._set_signature_columns_if_needed()
+        signature, collator = self._signature_columns, self.data_collator
+        self._signature_columns = [*(signature or []), MASKED_COLUMN]
+        self.data_collator = MaskCounter(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self._signature_columns, self.data_collator = signature, collator
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The host's micro-batches of a step, with at least 1 as their number of kept tokens."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_masked = sum(batch.pop(MASKED_COLUMN).sum() for batch in batches if MASKED_COLUMN in batch)
+        num_kept = sum((batch["labels"][..., 1:] != IGNORE_INDEX).sum() for batch in batches)
+        if torch.is_tensor(num_masked) and torch.is_tensor(num_kept):
+            counts = torch.stack([num_kept.to(device), num_masked.to(device)])
+            if self.args.world_size > 1:
+                counts = self.accelerator.reduce(counts, "sum")
+            self._stm_counts["sum"] = self._stm_counts.get("sum", 0) + counts
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        return batches, num_items_in_batch
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add STM's metrics to the logs of training."""
+        if self._stm_run is not None and ("loss" in logs or "train_loss" in logs) and "sum" in self._stm_counts:
+            num_kept, num_masked = self._stm_counts.pop("sum").tolist()
+            logs["stm/kept_tokens"] = num_kept
+            logs["stm/masked_fraction"] = num_masked / max(1, num_kept + num_masked)
+            logs["stm/threshold"] = float(self._stm_run.receipt["threshold"])
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the receipt beside the model."""
+        if self._stm_run is not None and self.args.should_save:
+            write_receipt(self._stm_run.receipt, output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def _stm_stop_token_ids(self) -> set[int]:
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        of_model = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ids = {*(of_model if isinstance(of_model, list) else [of_model]), getattr(tokenizer, "eos_token_id", None)}
+        return {token_id for token_id in ids if token_id is not None}
+
+    def _stm_from_main(self, make: Callable[[], Value]) -> Value:
+        """A value that the main process makes, on every process; its error too, so that none waits for another."""
+        if self.args.world_size == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                outcome[0] = make()
+            except Exception as error:  # raised below, on every process
+                outcome[1] = error
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def _stm_info(self, message: str, *values: Any) -> None:
+        if self.is_world_process_zero():
+            logger.info(message, *values)
+
+    def _stm_warn(self, message: str, *values: Any) -> None:
+        if self.is_world_process_zero():
+            logger.warning(message, *values)
+
+
+def _scores_key(model: Any, autocast: Callable[[], AbstractContextManager[Any]], plan: ScorePlan, device: str) -> ScoresKey:
+    with autocast():
+        dtype = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
+    return ScoresKey(model_fingerprint(model), quantization(model), dtype, plan.fingerprint)
+
+
+def _receipt_of(checkpoint: str) -> Receipt:
+    receipt = read_receipt(checkpoint, STMState.__name__)
+    if receipt is None:
+        raise ValueError(
+            f"{checkpoint} was trained without STM: its trainer_state.json has no receipt, so there are no perplexities of "
+            "an original start. Resume it without STM, or start a new STM run from its weights."
+        )
+    return receipt

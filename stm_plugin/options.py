@@ -1,0 +1,182 @@
+"""The STM options: names, defaults, help texts and checks. The only place that defines any of them."""
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any
+
+from .constants import DEFAULT_THRESHOLD
+
+STRATEGIES = ("high", "low", "random")
+REFERENCE_INITIAL = "initial"
+REFERENCE_CURRENT = "current"
+
+
+@dataclass
+class STMOptions:
+    """Options of Selective Token Masking, as flat `stm_...` fields that every host shares.
+
+    Call `check()` before use; `STMSFTConfig` does so in its `__post_init__`.
+    """
+
+    stm_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Label tokens whose perplexity exceeds this are left out of the loss; greater than 1, `inf` masks "
+            f"nothing. Unset, it means {DEFAULT_THRESHOLD} (the paper's) unless `stm_mask_fraction` is given."
+        },
+    )
+    stm_mask_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Mask at most this share of the training set's label tokens, those of highest perplexity; between "
+            "0 and 1, exclusive. Takes the place of `stm_threshold`: set only one of them."
+        },
+    )
+    stm_reference: str = field(
+        default=REFERENCE_INITIAL,
+        metadata={
+            "help": "Whose perplexities count: `initial` (the model as training starts, scored once) or the path or id "
+            "of another model with the same tokenizer."
+        },
+    )
+    stm_reference_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when `stm_reference` is another "
+            "model, such as `dtype`, `revision` or `quantization_config`. As JSON on a command line."
+        },
+    )
+    stm_strategy: str = field(
+        default="high",
+        metadata={
+            "help": "`high` masks the label tokens above the threshold (the paper's method). `low` and `random` are "
+            "its controls: as many tokens in each document, but those of lowest perplexity, or drawn at random.",
+            "choices": list(STRATEGIES),
+        },
+    )
+    stm_seed: int = field(default=0, metadata={"help": "Seed of `stm_strategy: random`. Moves no other randomness."})
+    stm_keep_stop_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Never mask the end-of-turn and end-of-text tokens (the ids in `generation_config.eos_token_id` "
+            "and the tokenizer's `eos_token_id`)."
+        },
+    )
+    stm_scores_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps the scores, one entry for each model and data set. Unset, it is `scores` in "
+            "`$STM_HOME`, or in `~/.cache/stm_plugin`."
+        },
+    )
+    stm_tokens_per_batch: int = field(
+        default=4096,
+        metadata={"help": "Most tokens, padding included, of one forward pass while scoring (a longer row goes alone)."},
+    )
+
+    @property
+    def threshold(self) -> float | None:
+        """Effective threshold as a perplexity, or None where a fraction sets it from the data."""
+        if self.stm_mask_fraction is not None:
+            return None
+        return DEFAULT_THRESHOLD if self.stm_threshold is None else self.stm_threshold
+
+    @classmethod
+    def from_args(cls, args: Any) -> "STMOptions":
+        """The checked STM options that a host's arguments carry as attributes.
+
+        Raises:
+            ValueError: For an option with a value that is not allowed.
+        """
+        options = cls(**{name: getattr(args, name) for name in option_names()})
+        options.check()
+        return options
+
+    def check(self) -> None:
+        """Check every value.
+
+        Raises:
+            ValueError: Saying what was given, what is allowed and what to change.
+        """
+        if self.stm_threshold is not None:
+            if self.stm_mask_fraction is not None:
+                raise ValueError(
+                    f"stm_threshold={self.stm_threshold!r} and stm_mask_fraction={self.stm_mask_fraction!r} were both "
+                    "given, but each decides which tokens are masked. Remove one of them."
+                )
+            check_threshold(self.stm_threshold)
+        if self.stm_mask_fraction is not None:
+            check_fraction(self.stm_mask_fraction)
+        check_strategy(self.stm_strategy)
+        check_seed(self.stm_seed)
+        if not isinstance(self.stm_reference, str) or not self.stm_reference:
+            raise ValueError(
+                f"stm_reference must be 'initial' or the path or id of a model, got {self.stm_reference!r}."
+            )
+        if self.stm_reference == REFERENCE_CURRENT:
+            raise ValueError(
+                "stm_reference='current' (perplexities under the live weights) is not available in this version. Use "
+                "'initial', or the path or id of another model."
+            )
+        if self.stm_reference_kwargs is not None:
+            if not isinstance(self.stm_reference_kwargs, dict):
+                raise ValueError(
+                    f"stm_reference_kwargs must be a mapping of keyword arguments, got {self.stm_reference_kwargs!r}."
+                )
+            if self.stm_reference == REFERENCE_INITIAL:
+                raise ValueError(
+                    f"stm_reference_kwargs={self.stm_reference_kwargs!r} has no effect while stm_reference is "
+                    "'initial'. Remove it, or set stm_reference to the model that it is meant for."
+                )
+        if not isinstance(self.stm_keep_stop_tokens, bool):
+            raise ValueError(f"stm_keep_stop_tokens must be true or false, got {self.stm_keep_stop_tokens!r}.")
+        if _not_a(Integral, self.stm_tokens_per_batch) or self.stm_tokens_per_batch < 1:
+            raise ValueError(
+                f"stm_tokens_per_batch must be a positive number of tokens, got {self.stm_tokens_per_batch!r}."
+            )
+
+
+def option_names() -> list[str]:
+    """Names of all STM options, in the order they are defined."""
+    return [option.name for option in fields(STMOptions)]
+
+
+def nearest_option(name: str) -> str:
+    """The STM option whose name is closest to a misspelt one."""
+    return difflib.get_close_matches(name, option_names(), n=1, cutoff=0.0)[0]
+
+
+def check_threshold(threshold: Any) -> None:
+    """Raise ValueError unless `threshold` is a perplexity greater than 1 (`inf` included)."""
+    if _not_a(Real, threshold) or math.isnan(threshold) or threshold <= 1:
+        raise ValueError(
+            f"stm_threshold must be a perplexity, a number greater than 1 (inf masks nothing), got {threshold!r}. The "
+            f"paper's value is {DEFAULT_THRESHOLD}."
+        )
+
+
+def check_fraction(fraction: Any) -> None:
+    """Raise ValueError unless `fraction` lies between 0 and 1, exclusive."""
+    if _not_a(Real, fraction) or not 0 < fraction < 1:
+        raise ValueError(
+            f"stm_mask_fraction must be a number between 0 and 1, exclusive, got {fraction!r}. The paper finds 0.20 to "
+            "0.24 best."
+        )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raise ValueError for anything but a name in `STRATEGIES`."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"stm_strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}.")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless `seed` is an integer of 64 bits."""
+    if _not_a(Integral, seed) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"stm_seed must be an integer of at most 64 bits, got {seed!r}.")
+
+
+def _not_a(kind: type, value: Any) -> bool:
+    return isinstance(value, bool) or not isinstance(value, kind)

@@ -1,0 +1,216 @@
+"""Per-token negative log-likelihood of a causal language model: `nll_t = -log p(w_t | w_<t)`, in nats, float32.
+
+Shapes: B documents, T tokens, N label tokens, H hidden size, V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from ._compat import repacks_weights_in_eval_mode
+from .documents import Documents
+from .options import STMOptions
+from .plan import ScorePlan
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+LOGITS_PER_SLICE = 2**23
+"""Most logits that exist at a time: 32 MiB in float32, whatever the vocabulary and the batch."""
+
+
+def score_dataset(
+    model: "PreTrainedModel | str",
+    dataset: "Dataset",
+    *,
+    tokens_per_batch: int = STMOptions.stm_tokens_per_batch,
+    progress: bool = True,
+) -> list[np.ndarray]:
+    """Score a tokenized data set with a model as it stands (adapters included), in eval mode.
+
+    Args:
+        model: Causal language model, or the path or id of one, loaded in its checkpoint's dtype.
+        dataset: Rows of `input_ids`, and where they have them `labels` (-100 where the loss is off; without the column
+            every token is a label) and `seq_lengths` (packed documents, scored one by one).
+        tokens_per_batch: Most tokens of one forward pass, padding included.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        One float32 array a row, as long as its `input_ids`: `nll[t]` in nats is the score of `labels[t]`, NaN where
+        there is no label token. `mask_labels` takes both.
+
+    Raises:
+        ValueError: For a data set that cannot be scored, saying why.
+    """
+    documents = Documents.from_dataset(dataset)
+    plan = ScorePlan.of(documents)
+    if isinstance(model, str):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    scores = score(model, plan, tokens_per_batch=tokens_per_batch, progress=progress)
+    nll = np.full(len(documents.input_ids), np.nan, dtype=np.float32)
+    nll[documents.label_mask] = plan.spread(scores)
+    return np.split(nll, documents.row_offsets[1:-1])
+
+
+def score(
+    model: "PreTrainedModel",
+    plan: ScorePlan,
+    *,
+    tokens_per_batch: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    process_index: int = 0,
+    num_processes: int = 1,
+    progress: bool = True,
+) -> np.ndarray:
+    """Score a plan's documents, or one process's share of them, each with its full left context and nothing else.
+
+    The naive equivalent for one document of ids `input_ids` is
+
+        log_probs = model(input_ids[None]).logits[0].float().log_softmax(-1)
+        nll[t] = -log_probs[t - 1, labels[t]]
+
+    Logits exist only for the positions that predict a label token, and for at most `LOGITS_PER_SLICE` values at a time.
+    The model's training flags and all random number generators are left as they were.
+
+    Args:
+        model: Causal language model, with or without adapters; not wrapped for distribution.
+        plan: Documents to score.
+        tokens_per_batch: Most tokens of one forward pass, padding included.
+        autocast: Makes the context of the forward pass, that of training.
+        process_index: Which share to score.
+        num_processes: Shares there are; batches go round.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        NLL in nats in the plan's order, shape `(plan.num_scores,)`, float32; zero outside this process's share.
+    """
+    scores = np.zeros(plan.num_scores, dtype=np.float32)
+    batches = plan.batches(tokens_per_batch)[process_index::num_processes]
+    num_tokens = sum(int(plan.lengths[batch.start : batch.stop].sum()) for batch in batches)
+    bar = tqdm(
+        total=num_tokens, unit="tok", unit_scale=True, desc="STM: scoring", disable=not progress, smoothing=0.05
+    )
+    with bar, torch.no_grad(), eval_mode(model), autocast():
+        for batch in batches:
+            # Wait for a batch's scores only here: within a batch nothing comes back from the device.
+            scores[plan.offsets[batch.start] : plan.offsets[batch.stop]] = _score_batch(model, plan, batch)
+            bar.update(int(plan.lengths[batch.start : batch.stop].sum()))
+    return scores
+
+
+def token_nll(model: "PreTrainedModel", hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """NLL of labels, given the hidden states that predict them: the model's own head, then a float32 log-softmax.
+
+    Args:
+        model: Causal language model (the one with the head, without a PEFT wrapper).
+        hidden_states: What the backbone yields at the predicting positions, shape `(N, H)`.
+        labels: Token ids, shape `(N,)`.
+
+    Returns:
+        NLL in nats, shape `(N,)`, float32, on the device of the logits.
+    """
+    size = max(1, LOGITS_PER_SLICE // model.config.get_text_config().vocab_size)
+    return torch.cat(
+        [
+            # log_softmax over `(n, V)`, gathered at the labels
+            F.cross_entropy(logits.float(), some_labels.to(logits.device), reduction="none")
+            for some_hidden, some_labels in zip(hidden_states.split(size), labels.split(size), strict=True)
+            for logits in [_head_logits(model, some_hidden)]
+        ]
+    )
+
+
+def causal_lm(model: Any) -> "PreTrainedModel":
+    """The model with the language-model head, out of a PEFT wrapper whose layers stay active within it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout, no NEFTune, no gradient checkpointing); every module's own flag comes back after."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for module, _ in flags:
+        if repacks_weights_in_eval_mode(module):
+            module.training = True
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _score_batch(model: "PreTrainedModel", plan: ScorePlan, batch: range) -> np.ndarray:
+    """Scores of a run of planned documents, in order."""
+    documents = plan.documents
+    lengths = plan.lengths[batch.start : batch.stop]
+    width = int(lengths.max())
+    # Right padding only, so that no mask is needed: a causal model's real tokens never attend to what follows them.
+    input_ids = np.zeros((len(batch), width), dtype=np.int64)
+    predicting, labels = [], []
+    for row, (member, length) in enumerate(zip(plan.members[batch.start : batch.stop], lengths, strict=True)):
+        start = documents.document_offsets[member]
+        input_ids[row, :length] = documents.input_ids[start : start + length]
+        positions = np.flatnonzero(documents.label_mask[start : start + length + 1])
+        predicting.append(row * width + positions - 1)  # the token at t is predicted at t - 1
+        labels.append(documents.labels[start + positions])
+    lm = causal_lm(model)
+    backbone = lm.base_model
+    if backbone is lm:
+        raise ValueError(
+            f"STM cannot score {type(lm).__name__}: it has no backbone apart from its language-model head "
+            "(transformers' `base_model`)."
+        )
+    device = lm.get_input_embeddings().weight.device
+    hidden_states = backbone(input_ids=torch.from_numpy(input_ids).to(device), use_cache=False)[0]
+    index = torch.from_numpy(np.concatenate(predicting)).to(hidden_states.device)
+    hidden_states = hidden_states.flatten(0, 1).index_select(0, index)
+    label_ids = torch.from_numpy(np.concatenate(labels).astype(np.int64))
+    return token_nll(lm, hidden_states, label_ids.to(hidden_states.device)).cpu().numpy()
+
+
+class _BackboneOutput(MoeModelOutputWithPast):
+    """Hidden states in the place of a backbone's output; whatever else a model looks for there is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def _head_logits(lm: "PreTrainedModel", hidden_states: torch.Tensor) -> torch.Tensor:
+    """Logits `(n, V)` of hidden states `(n, H)`, as the model's own forward makes them.
+
+    The forward runs with its backbone standing aside, so that each architecture's scaling, soft-capping, bias and head
+    adapter apply in its own order and dtype.
+    """
+    output = _BackboneOutput(last_hidden_state=hidden_states[None])
+    token_ids = torch.zeros((1, len(hidden_states)), dtype=torch.long, device=hidden_states.device)
+    with _replaced_forward(lm.base_model, lambda *args, **kwargs: output):
+        logits: torch.Tensor = lm(input_ids=token_ids, use_cache=False).logits
+    return logits[0]
+
+
+@contextmanager
+def _replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward, over any that an instance attribute (accelerate, TRL, Liger) already gives it."""
+    before = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before  # type: ignore[method-assign]

@@ -1,0 +1,194 @@
+"""Which label tokens are masked: a pure function of their NLL (nats), their documents and the options.
+
+Selective Token Masking, arXiv 2501.14315: a label token `w_t` stays in the loss iff its perplexity
+`exp(nll_t)`, `nll_t = -log p(w_t | w_<t)`, does not exceed the threshold.
+"""
+
+import hashlib
+import math
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .constants import DEFAULT_THRESHOLD, IGNORE_INDEX
+from .options import check_fraction, check_seed, check_strategy, check_threshold
+
+Row = TypeVar("Row")
+
+
+def mask_labels(
+    labels: Row, nll: Any, *, threshold: float = DEFAULT_THRESHOLD, strategy: str = "high", seed: int = 0
+) -> Row:
+    """Mask one document's labels: `-100` for every label token whose perplexity exceeds `threshold`.
+
+    For `strategy="high"` the naive equivalent is
+
+        [-100 if t > 0 and label != -100 and nll[t] > math.log(threshold) else label for t, label in enumerate(labels)]
+
+    Args:
+        labels: Token ids of shape `(T,)`, `-100` where the loss is off: a list, NumPy array or torch tensor.
+        nll: Negative log-likelihoods in nats, shape `(T,)`; `nll[t]` is that of `labels[t]`, predicted at `t - 1`.
+            Values at position 0 (which has no prediction) and at labels of `-100` are not read.
+        threshold: Perplexity, greater than 1; `inf` masks nothing. A token exactly at the threshold is kept.
+        strategy: `"high"`, or a control that masks as many tokens: `"low"` (lowest NLL, earlier first) or `"random"`.
+        seed: Seed of `"random"`.
+
+    Returns:
+        Masked labels, of the kind, dtype and device of `labels`; the argument itself is not changed.
+
+    Raises:
+        ValueError: For lengths that differ, a score that is NaN, or an option out of range.
+    """
+    check_threshold(threshold)
+    check_strategy(strategy)
+    check_seed(seed)
+    label_ids = _to_numpy(labels).astype(np.int64)
+    scores = _to_numpy(nll).astype(np.float32)
+    if label_ids.ndim != 1 or scores.shape != label_ids.shape:
+        raise ValueError(
+            f"labels and nll must be one row of the same length, got shapes {label_ids.shape} and {scores.shape}. "
+            "nll[t] is the score of labels[t]."
+        )
+    positions = label_positions(label_ids)
+    masked = select_masked(
+        scores[positions],
+        np.array([len(positions)]),
+        threshold_nats=math.log(threshold),
+        strategy=strategy,
+        seed=seed,
+        label_ids=label_ids[positions],
+    )
+    return _like(labels, np.where(_scatter(masked, positions, len(label_ids)), IGNORE_INDEX, label_ids))
+
+
+def label_positions(labels: np.ndarray) -> np.ndarray:
+    """Positions of one document's label tokens: label not `-100`, and not position 0, which nothing predicts."""
+    return np.flatnonzero(labels[1:] != IGNORE_INDEX) + 1
+
+
+def select_masked(
+    nll: np.ndarray,
+    tokens_per_document: np.ndarray,
+    *,
+    threshold_nats: float,
+    strategy: str = "high",
+    seed: int = 0,
+    label_ids: np.ndarray | None = None,
+    candidates: np.ndarray | None = None,
+) -> np.ndarray:
+    """Decide for every label token of a data set whether it is masked.
+
+    Args:
+        nll: NLL in nats of all N label tokens, document after document, shape `(N,)`, float32.
+        tokens_per_document: Label tokens of each document, shape `(D,)`, summing to N.
+        threshold_nats: `log(threshold)`; a token at it is kept. Compared with the float32 scores in float64.
+        strategy: `"high"`, `"low"` or `"random"`.
+        seed: Seed of `"random"`.
+        label_ids: Token ids of the label tokens, shape `(N,)`; needed by `"random"`.
+        candidates: Whether a token may be masked at all, shape `(N,)`; None lets all be.
+
+    Returns:
+        Whether each label token is masked, shape `(N,)`, bool.
+
+    Raises:
+        ValueError: For a score that is NaN.
+    """
+    check_scores(nll)
+    masked = nll.astype(np.float64) > threshold_nats
+    if candidates is not None:
+        masked &= candidates
+    if strategy == "high" or not masked.any():
+        return masked
+    document = np.repeat(np.arange(len(tokens_per_document)), tokens_per_document)
+    num_masked = np.bincount(document, weights=masked, minlength=len(tokens_per_document)).astype(np.int64)
+    if strategy == "low":
+        return _lowest(nll, document, num_masked, candidates)
+    assert label_ids is not None
+    return _drawn(label_ids, tokens_per_document, num_masked, seed, candidates)
+
+
+def fraction_threshold_nats(nll: np.ndarray, fraction: float) -> float:
+    """Smallest score T such that at most `floor(fraction * N)` of the N scores exceed it.
+
+    Args:
+        nll: NLL in nats of all candidates, shape `(N,)`, float32.
+        fraction: Share to mask, between 0 and 1, exclusive.
+
+    Returns:
+        T in nats.
+
+    Raises:
+        ValueError: For a fraction out of range, a score that is NaN, or no score at all.
+    """
+    check_fraction(fraction)
+    check_scores(nll)
+    if len(nll) == 0:
+        raise ValueError("stm_mask_fraction needs at least one label token that may be masked, got none.")
+    rank = len(nll) - 1 - math.floor(fraction * len(nll))
+    return float(np.partition(nll, rank)[rank])
+
+
+def check_scores(nll: np.ndarray) -> None:
+    """Raise ValueError if a score is NaN."""
+    nans = np.flatnonzero(np.isnan(nll))
+    if len(nans):
+        raise ValueError(
+            f"{len(nans)} of {len(nll)} scores are NaN, the first at label token {nans[0]}: the model yields no "
+            "probability there. Check its weights and dtype (float16 overflows in some models; use bfloat16 or float32)."
+        )
+
+
+def _lowest(
+    nll: np.ndarray, document: np.ndarray, num_masked: np.ndarray, candidates: np.ndarray | None
+) -> np.ndarray:
+    pool = np.arange(len(nll)) if candidates is None else np.flatnonzero(candidates)
+    order = pool[np.lexsort((nll[pool], document[pool]))]  # stable: equal scores stay in the order of their positions
+    first = np.searchsorted(document[order], np.arange(len(num_masked)))
+    rank = np.arange(len(order)) - first[document[order]]
+    masked = np.zeros(len(nll), dtype=bool)
+    masked[order[rank < num_masked[document[order]]]] = True
+    return masked
+
+
+def _drawn(
+    label_ids: np.ndarray,
+    tokens_per_document: np.ndarray,
+    num_masked: np.ndarray,
+    seed: int,
+    candidates: np.ndarray | None,
+) -> np.ndarray:
+    masked = np.zeros(len(label_ids), dtype=bool)
+    ends = np.cumsum(tokens_per_document)
+    for index in np.flatnonzero(num_masked):
+        start, end = ends[index] - tokens_per_document[index], ends[index]
+        pool = np.arange(start, end) if candidates is None else start + np.flatnonzero(candidates[start:end])
+        generator = _document_generator(seed, label_ids[start:end])
+        masked[pool[generator.permutation(len(pool))[: num_masked[index]]]] = True
+    return masked
+
+
+def _document_generator(seed: int, label_ids: np.ndarray) -> np.random.Generator:
+    """PCG64 seeded by the document itself, so that a draw depends on no order, packing, rank or run."""
+    content = np.concatenate(([seed], label_ids)).astype("<i8").tobytes()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(content).digest(), "little")))
+
+
+def _scatter(values: np.ndarray, positions: np.ndarray, length: int) -> np.ndarray:
+    scattered = np.zeros(length, dtype=values.dtype)
+    scattered[positions] = values
+    return scattered
+
+
+def _to_numpy(row: Any) -> np.ndarray:
+    if hasattr(row, "detach"):  # a torch tensor; torch itself is not imported here
+        row = row.detach().cpu()
+        row = row.float() if row.is_floating_point() else row  # NumPy has no bfloat16
+    return np.asarray(row)
+
+
+def _like(original: Any, row: np.ndarray) -> Any:
+    if hasattr(original, "detach"):
+        return original.new_tensor(row)
+    if isinstance(original, np.ndarray):
+        return row.astype(original.dtype)
+    return type(original)(row.tolist())
