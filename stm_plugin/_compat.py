@@ -29,7 +29,7 @@ def repacks_weights_in_eval_mode(module: Any) -> bool:
     """Whether a forward in eval mode changes the module's weights.
 
     bitsandbytes (0.50) packs 4-bit weights anew for CPUs with AVX512-BF16 when a `Linear4bit` runs in eval mode; it
-    rounds their scales to bfloat16, and training afterwards goes on with the rounded ones. Can go once it no longer does.
+    rounds their scales to bfloat16, and training afterwards goes on with the rounded ones. Can go once it does not.
     """
     bitsandbytes = sys.modules.get("bitsandbytes")
     return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit)

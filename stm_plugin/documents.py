@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,11 +64,13 @@ class Documents:
         columns = dataset.column_names
         if "input_ids" not in columns:
             raise ValueError(
-                f"STM needs tokenized rows with an 'input_ids' column before training starts; this data set has {columns}."
+                "STM needs tokenized rows with an 'input_ids' column before training starts; this data set has "
+                f"{columns}."
             )
         if dataset.format["type"] == "custom":
             raise ValueError(
-                "STM cannot mask a data set with a transform (with_transform or set_transform): its rows are made anew at "
+                "STM cannot mask a data set with a transform (with_transform or set_transform): its rows are made "
+                "anew at "
                 "every read. Apply the transform once with Dataset.map, or remove it with Dataset.reset_format."
             )
         ids, id_lengths = _read_lists(dataset, "input_ids")
@@ -157,7 +160,7 @@ class Documents:
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         offsets = self.document_offsets.tolist()
-        return zip(offsets[:-1], offsets[1:], strict=True)
+        return pairwise(offsets)
 
     @staticmethod
     def _count(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -168,8 +171,8 @@ class Documents:
 def with_columns(dataset: "Dataset", documents: Documents, labels: np.ndarray, **row_values: np.ndarray) -> "Dataset":
     """The data set with new `labels` (shape `(total,)`) and a column of ints for each of `row_values` (shape `(R,)`).
 
-    Other columns, the order of rows and the output format stay; nothing is copied but the new columns, and no map cache
-    is read or written.
+    Other columns, the order of rows and the output format stay; nothing is copied but the new columns, and no map
+    cache is read or written.
     """
     import datasets
     import pyarrow as pa
@@ -213,7 +216,7 @@ def _read_lists(dataset: "Dataset", column: str) -> tuple[np.ndarray, np.ndarray
         for chunk in arrow[start : start + _ROWS_PER_READ][column].chunks:
             flat = chunk.flatten()
             if chunk.null_count or flat.null_count:
-                raise ValueError(f"Column {column!r} has missing values between rows {start} and {start + len(chunk)}.")
+                raise ValueError(f"Column {column!r} has missing values in rows {start} to {start + len(chunk)}.")
             values.append(flat.to_numpy(zero_copy_only=False).astype(np.int32))
             lengths.append(pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64))
     return _concatenate(values), _concatenate(lengths)
@@ -226,7 +229,8 @@ def _check_lengths(name: str, lengths: np.ndarray, id_lengths: np.ndarray, hint:
     if len(wrong):
         row = wrong[0]
         raise ValueError(
-            f"{name} has {lengths[row]} entries in row {row}, where input_ids has {id_lengths[row]} ({len(wrong)} such "
+            f"{name} has {lengths[row]} entries in row {row}, where input_ids has {id_lengths[row]} ({len(wrong)} "
+            "such "
             f"rows). {hint}"
         )
 

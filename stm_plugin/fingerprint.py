@@ -81,7 +81,8 @@ def effective_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tenso
         tensors |= dict(module.named_buffers(recurse=False))  # those that are not saved, such as rotary frequencies
         for name, tensor in tensors.items():
             path = f"{prefix}.{name}".lstrip(".").split(".")
-            if isinstance(tensor, torch.Tensor) and not any(".".join(path[:end]) in idle for end in range(len(path) + 1)):
+            is_idle = any(".".join(path[:end]) in idle for end in range(1, len(path) + 1))
+            if isinstance(tensor, torch.Tensor) and not is_idle:
                 yield _name_without_adapter(path), tensor
     yield from scalings.items()
 

@@ -1,7 +1,7 @@
 """Selective Token Masking for any `transformers.Trainer`: the training set's labels are masked before the first step.
 
-Whatever follows the labels (collator, packing, token counts, every fused loss) then works as the host has it. The seams,
-and all that is overridden:
+Whatever follows the labels (collator, packing, token counts, every fused loss) then works as the host has it. The
+seams, and all that is overridden:
 
 - `_prepare_for_training`: the model is placed, cast and under autocast; scores are found or made, `train_dataset` gets
   its masked labels, and the dataloader is built anew from the random state that the host's own was built from.
@@ -47,6 +47,7 @@ else:
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 _STOP_TOKENS_WARNING = 0.05
 
@@ -91,6 +92,10 @@ class STMTrainerMixin(_Host):
     The host's arguments carry the fields of `STMOptions`. The host's `__init__` ends with `_stm_setup()`.
     """
 
+    train_dataset: Any
+    data_collator: Any
+    _signature_columns: Any
+
     _stm_trains_first_label = False
     """Whether the host trains a label at a document's position 0, which has no score."""
 
@@ -119,7 +124,8 @@ class STMTrainerMixin(_Host):
             self._stm_info("average_tokens_across_devices is on while STM is: its loss is over all tokens of a step.")
         if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
             self._stm_warn(
-                "The loss of %s takes no count of tokens, so the host averages over micro-batches instead of over all kept "
+                "The loss of %s takes no count of tokens, so the host averages over micro-batches instead of over all "
+                "kept "
                 "tokens of a step.",
                 type(self.model).__name__,
             )
@@ -127,8 +133,10 @@ class STMTrainerMixin(_Host):
     def _stm_check_supported(self) -> None:
         if not isinstance(self.train_dataset, datasets.Dataset):
             raise ValueError(
-                "stm_reference='initial' scores the training set before the first step, which a streaming or custom data "
-                f"set ({type(self.train_dataset).__name__}) does not allow. Load it as a datasets.Dataset (streaming=False)."
+                "stm_reference='initial' scores the training set before the first step, which a streaming or custom "
+                "data "
+                f"set ({type(self.train_dataset).__name__}) does not allow. Load it as a datasets.Dataset "
+                "(streaming=False)."
             )
         from peft import PeftModel, PromptLearningConfig
 
@@ -136,7 +144,8 @@ class STMTrainerMixin(_Host):
             for name, config in self.model.peft_config.items():
                 if isinstance(config, PromptLearningConfig):
                     raise ValueError(
-                        f"STM cannot score through the virtual tokens of adapter {name!r} ({config.peft_type}): they shift "
+                        f"STM cannot score through the virtual tokens of adapter {name!r} ({config.peft_type}): they "
+                        "shift "
                         "every position. Use LoRA or another adapter without virtual tokens."
                     )
         parallelism = self.accelerator.parallelism_config
@@ -192,7 +201,10 @@ class STMTrainerMixin(_Host):
             if checkpoint is None:
                 key, scores, origin = self._stm_find_or_make_scores(plan, options)
             else:
-                key, scores, origin = *self._stm_scores_of_checkpoint(checkpoint, plan, options), "of the original start"
+                (key, scores), origin = (
+                    self._stm_scores_of_checkpoint(checkpoint, plan, options),
+                    "of the original start",
+                )
         if run is None or self.train_dataset is not run.masked or options != run.options:
             masks = make_masks(plan.documents, plan.spread(scores), options, self._stm_stop_token_ids())
             run = self._stm_apply(masks, MaskedRun(options, source, source, plan, scores, key, {}), origin)
@@ -221,7 +233,8 @@ class STMTrainerMixin(_Host):
         )
         self._stm_info(
             "STM is on: %s of %s label tokens masked (%.2f %%), those of perplexity above %s (%s nats, strategy %s, "
-            "reference %s). Scores: %s, in %s. The training loss is over kept tokens: compare eval_loss, not it, with a "
+            "reference %s). Scores: %s, in %s. The training loss is over kept tokens: compare eval_loss, not it, with "
+            "a "
             "plain run's.",
             f"{masks.num_masked:,}",
             f"{masks.documents.num_label_tokens:,}",
@@ -237,7 +250,8 @@ class STMTrainerMixin(_Host):
             self._stm_info("%d of %d rows keep no token.", masks.rows_without_kept_tokens, receipt["rows"])
         if masks.masked_stop_tokens_fraction > _STOP_TOKENS_WARNING:
             self._stm_warn(
-                "STM masks %.1f %% of the stop tokens (%d of %d): the model may not learn to stop. A base model or a foreign "
+                "STM masks %.1f %% of the stop tokens (%d of %d): the model may not learn to stop. A base model or a "
+                "foreign "
                 "chat template is the usual cause. stm_keep_stop_tokens=True keeps them in the loss.",
                 100 * masks.masked_stop_tokens_fraction,
                 masks.num_masked_stop_tokens,
@@ -255,8 +269,10 @@ class STMTrainerMixin(_Host):
             if expected is not None and key != expected:
                 differing = [name for name, value in vars(expected).items() if value != getattr(key, name)]
                 raise ScoresError(
-                    f"The scores of the original start are gone from {store.path(expected)}, and cannot be made again from "
-                    f"this model: its {' and '.join(differing)} differs. Put that folder back, or build the trainer with "
+                    f"The scores of the original start are gone from {store.path(expected)}, and cannot be made again "
+                    "from "
+                    f"this model: its {' and '.join(differing)} differs. Put that folder back, or build the trainer "
+                    "with "
                     "the model that the run started from."
                 )
             scores = self._stm_from_main(lambda: store.read(key, plan.num_scores))
@@ -279,9 +295,7 @@ class STMTrainerMixin(_Host):
         return key, share, f"made in {time.monotonic() - started:.1f} s"
 
     @contextmanager
-    def _stm_scoring_model(
-        self, options: STMOptions
-    ) -> Iterator[tuple[Any, Callable[[], AbstractContextManager[Any]]]]:
+    def _stm_scoring_model(self, options: STMOptions) -> Iterator[tuple[Any, Autocast]]:
         """The model that scores and its autocast: the one about to train, as it will train, or the reference."""
         if options.stm_reference == REFERENCE_INITIAL:
             yield self.model, self.accelerator.autocast
@@ -300,7 +314,8 @@ class STMTrainerMixin(_Host):
         scores = self._stm_from_main(lambda: store.read(key, plan.num_scores))
         if scores is None:
             raise ScoresError(
-                f"The scores of the original start are gone from {store.path(key)}, and the weights that {checkpoint} holds "
+                f"The scores of the original start are gone from {store.path(key)}, and the weights that {checkpoint} "
+                "holds "
                 "are not those they were made from. Put that folder back, or set stm_scores_dir to where it is."
             )
         return key, scores
@@ -317,8 +332,10 @@ class STMTrainerMixin(_Host):
         key = ScoresKey(**_receipt_of(checkpoint)["scores_key"])
         if key.data != plan.fingerprint:
             raise ScoresError(
-                f"{checkpoint} was trained on other rows: the token ids or label positions of this training set differ from "
-                "those that were scored at the original start. Resume with the same data, chat template and max_length."
+                f"{checkpoint} was trained on other rows: the token ids or label positions of this training set "
+                "differ from "
+                "those that were scored at the original start. Resume with the same data, chat template and "
+                "max_length."
             )
         return key
 
@@ -327,13 +344,16 @@ class STMTrainerMixin(_Host):
         for name in OPTIONS_OF_THE_MASK:
             if original[name] != run.receipt[name] and not (name == "threshold_nats" and original["mask_fraction"]):
                 raise ValueError(
-                    f"{checkpoint} was trained with {name}={original[name]!r}, this run has {run.receipt[name]!r}. A resumed "
+                    f"{checkpoint} was trained with {name}={original[name]!r}, this run has {run.receipt[name]!r}. A "
+                    "resumed "
                     "run keeps the masks of its start: set the option back, or start a new run."
                 )
         if original["mask_digest"] != run.receipt["mask_digest"]:
             raise ValueError(
-                f"The masks of this run are not those of {checkpoint} (digest {run.receipt['mask_digest'][:12]}… against "
-                f"{original['mask_digest'][:12]}…), though scores and options agree: the tokenizer's or the model's stop "
+                f"The masks of this run are not those of {checkpoint} (digest {run.receipt['mask_digest'][:12]}… "
+                "against "
+                f"{original['mask_digest'][:12]}…), though scores and options agree: the tokenizer's or the model's "
+                "stop "
                 "tokens may have changed."
             )
 
@@ -418,7 +438,7 @@ class STMTrainerMixin(_Host):
             logger.warning(message, *values)
 
 
-def _scores_key(model: Any, autocast: Callable[[], AbstractContextManager[Any]], plan: ScorePlan, device: str) -> ScoresKey:
+def _scores_key(model: Any, autocast: Autocast, plan: ScorePlan, device: str) -> ScoresKey:
     with autocast():
         dtype = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
     return ScoresKey(model_fingerprint(model), quantization(model), dtype, plan.fingerprint)
@@ -428,7 +448,8 @@ def _receipt_of(checkpoint: str) -> Receipt:
     receipt = read_receipt(checkpoint, STMState.__name__)
     if receipt is None:
         raise ValueError(
-            f"{checkpoint} was trained without STM: its trainer_state.json has no receipt, so there are no perplexities of "
+            f"{checkpoint} was trained without STM: its trainer_state.json has no receipt, so there are no "
+            "perplexities of "
             "an original start. Resume it without STM, or start a new STM run from its weights."
         )
     return receipt

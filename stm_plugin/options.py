@@ -37,7 +37,8 @@ class STMOptions:
     stm_reference: str = field(
         default=REFERENCE_INITIAL,
         metadata={
-            "help": "Whose perplexities count: `initial` (the model as training starts, scored once) or the path or id "
+            "help": "Whose perplexities count: `initial` (the model as training starts, scored once) or the path or "
+            "id "
             "of another model with the same tokenizer."
         },
     )
@@ -73,7 +74,9 @@ class STMOptions:
     )
     stm_tokens_per_batch: int = field(
         default=4096,
-        metadata={"help": "Most tokens, padding included, of one forward pass while scoring (a longer row goes alone)."},
+        metadata={
+            "help": "Most tokens, padding included, of one forward pass while scoring (a longer row goes alone)."
+        },
     )
 
     @property
@@ -161,7 +164,8 @@ def check_fraction(fraction: Any) -> None:
     """Raise ValueError unless `fraction` lies between 0 and 1, exclusive."""
     if _not_a(Real, fraction) or not 0 < fraction < 1:
         raise ValueError(
-            f"stm_mask_fraction must be a number between 0 and 1, exclusive, got {fraction!r}. The paper finds 0.20 to "
+            f"stm_mask_fraction must be a number between 0 and 1, exclusive, got {fraction!r}. The paper finds 0.20 "
+            "to "
             "0.24 best."
         )
 

@@ -42,8 +42,9 @@ def make_receipt(masks: Masks, options: STMOptions, key: ScoresKey, entry: Path,
     Returns:
         A dictionary that JSON can hold; an infinite threshold is the string `inf`.
     """
+    threshold = math.exp(min(masks.threshold_nats, 700)) if options.threshold is None else options.threshold
     return {
-        "threshold": _finite_or_inf(math.exp(min(masks.threshold_nats, 700)) if options.threshold is None else options.threshold),
+        "threshold": _finite_or_inf(threshold),
         "threshold_nats": _finite_or_inf(masks.threshold_nats),
         "mask_fraction": options.stm_mask_fraction,
         "strategy": options.stm_strategy,

@@ -35,7 +35,8 @@ def check_same_tokens(reference: str, reference_kwargs: dict[str, Any], tokenize
         if ours != theirs:
             raise ValueError(
                 f"stm_reference={reference!r} has another tokenizer than the model in training: id {token_id} is "
-                f"{ours!r} here and {theirs!r} there. Its perplexities would be those of other tokens. Choose a reference "
+                f"{ours!r} here and {theirs!r} there. Its perplexities would be those of other tokens. Choose a "
+                "reference "
                 "of the same family, or 'initial'."
             )
 
@@ -68,7 +69,8 @@ def loaded_reference(options: STMOptions, device: torch.device) -> Iterator[Any]
 
 def _cannot_load(reference: str, error: Exception) -> ValueError:
     return ValueError(
-        f"stm_reference={reference!r} is neither 'initial' nor a model that can be loaded from a folder or the hub: {error}"
+        f"stm_reference={reference!r} is neither 'initial' nor a model that can be loaded from a folder or the hub: "
+        f"{error}"
     )
 
 

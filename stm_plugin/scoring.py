@@ -81,8 +81,8 @@ def score(
         log_probs = model(input_ids[None]).logits[0].float().log_softmax(-1)
         nll[t] = -log_probs[t - 1, labels[t]]
 
-    Logits exist only for the positions that predict a label token, and for at most `LOGITS_PER_SLICE` values at a time.
-    The model's training flags and all random number generators are left as they were.
+    Logits exist only for the positions that predict a label token, at most `LOGITS_PER_SLICE` values at a time. The
+    model's training flags and all random number generators are left as they were.
 
     Args:
         model: Causal language model, with or without adapters; not wrapped for distribution.

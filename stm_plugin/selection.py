@@ -134,7 +134,8 @@ def check_scores(nll: np.ndarray) -> None:
     if len(nans):
         raise ValueError(
             f"{len(nans)} of {len(nll)} scores are NaN, the first at label token {nans[0]}: the model yields no "
-            "probability there. Check its weights and dtype (float16 overflows in some models; use bfloat16 or float32)."
+            "probability there. Check its weights and dtype (float16 overflows in some models; use bfloat16 or "
+            "float32)."
         )
 
 

@@ -40,7 +40,7 @@ class STMSFTConfig(STMOptions, SFTConfig):
             fields = args.to_dict() | {"hub_token": args.hub_token}  # to_dict hides the token; TRL converts likewise
             args = SFTConfig(**fields)
         config = cls.__new__(cls)
-        vars(config).update(vars(STMOptions()) | vars(args))
+        config.__dict__.update(vars(STMOptions()) | vars(args))
         config.check()
         return config
 
@@ -48,8 +48,8 @@ class STMSFTConfig(STMOptions, SFTConfig):
 class STMSFTTrainer(STMTrainerMixin, SFTTrainer):
     """TRL's `SFTTrainer` with Selective Token Masking (arXiv 2501.14315).
 
-    Takes what `SFTTrainer` takes. Before the first step the training set's label tokens are scored with the model as it
-    will train, and the labels of those above the threshold become -100; all else is TRL's.
+    Takes what `SFTTrainer` takes. Before the first step the training set's label tokens are scored with the model as
+    it will train, and the labels of those above the threshold become -100; all else is TRL's.
 
     Args:
         model: As for `SFTTrainer`.
@@ -65,7 +65,7 @@ class STMSFTTrainer(STMTrainerMixin, SFTTrainer):
     _name = "STM"
     _paper = {"title": PAPER_TITLE, "id": PAPER_ID, "citation": PAPER_CITATION}
 
-    @functools.wraps(SFTTrainer.__init__)
+    @functools.wraps(SFTTrainer.__init__)  # type: ignore[misc]
     def __init__(self, model: Any, args: Any = None, *others: Any, **keywords: Any) -> None:
         show_log_lines()
         if not isinstance(args, STMSFTConfig):
@@ -75,7 +75,8 @@ class STMSFTTrainer(STMTrainerMixin, SFTTrainer):
         super().__init__(model, args, *others, **keywords)
         if self._is_vision_dataset:
             raise ValueError(
-                "STM cannot mask vision data: its token ids are only made batch by batch, by the collator. Train on text, "
+                "STM cannot mask vision data: its token ids are only made batch by batch, by the collator. Train on "
+                "text, "
                 "or use SFTTrainer."
             )
         self._stm_setup()
