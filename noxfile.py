@@ -1,0 +1,55 @@
+"""Checks and tests, each in an environment of its own. `nox -l` lists them."""
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["lint", "pure", "trl"]
+
+STACKS = ["1.9", "1.16"]
+WITHOUT_TORCH = ["numpy>=1.26", "packaging>=23", "tqdm>=4.66", "xxhash>=3.4"]
+TEST_TOOLS = ["hypothesis>=6.120", "pytest>=9", "pytest-timeout>=2.4", "pyyaml>=6"]
+
+
+@nox.session(python="3.11")
+def lint(session):
+    """Ruff and mypy."""
+    session.install(*WITHOUT_TORCH, "mypy>=2.4,<3", "ruff>=0.17,<0.18")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def pure(session):
+    """The tests that need neither torch nor a host."""
+    session.install(*WITHOUT_TORCH, *TEST_TOOLS)
+    session.install("--no-deps", ".")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python="3.11")
+@nox.parametrize("stack", STACKS, ids=STACKS)
+def trl(session, stack):
+    """All tests but the slow ones, against one TRL."""
+    install_stack(session, stack)
+    session.run("pytest", "-m", "not slow", *session.posargs)
+
+
+@nox.session(python="3.11")
+@nox.parametrize("stack", STACKS, ids=STACKS)
+def slow(session, stack):
+    """The tests that take minutes, against one TRL."""
+    install_stack(session, stack)
+    session.run("pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session(python="3.11")
+def benchmark(session):
+    """Time and memory beside plain SFT, and scoring beside its floor."""
+    install_stack(session, "1.16")
+    session.run("python", "tests/benchmark.py", *session.posargs)
+
+
+def install_stack(session, stack):
+    session.install("-c", f"constraints/trl-{stack}.txt", "-e", ".[demo,qlora,test]", f"trl~={stack}.0")

@@ -1,0 +1,205 @@
+"""Time and memory of STM beside plain SFT, and throughput of scoring beside its floor; prints a table, writes JSON.
+
+Needs the `demo` extra. `nox -s benchmark` runs it in an environment of its own. Figures are medians; the two sides of each
+pair take turns, so that a machine whose speed drifts does both the same. Machine, versions and commit go into the JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+STEPS = 12
+SKIPPED_STEPS = 2
+ROWS = 24
+MAX_LENGTH = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each side (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="where the JSON goes")
+    parser.add_argument("--side", choices=["SFT", "STM"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(train_side(args.side)))
+        return
+    results = {"machine": machine(), "training": compare_training(args.pairs), "scoring": compare_scoring(args.pairs)}
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    print_table(results)
+
+
+def compare_training(pairs: int) -> dict:
+    """Median step time and peak memory of STM over those of SFT, pair by pair, each run in a process of its own."""
+    runs: dict[str, list] = {"SFT": [], "STM": []}
+    with tempfile.TemporaryDirectory() as home:
+        environment = os.environ | {"STM_BENCHMARK_SCORES": home}
+        for pair in range(pairs):
+            for side in ("SFT", "STM") if pair % 2 == 0 else ("STM", "SFT"):
+                command = [sys.executable, __file__, "--side", side]
+                output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+                runs[side].append(json.loads(output.splitlines()[-1]))
+    ratios = {
+        name: [stm[name] / sft[name] for sft, stm in zip(runs["SFT"], runs["STM"], strict=True)]
+        for name in ("step_seconds", "peak_mib")
+    }
+    return {"runs": runs, "ratios": ratios} | {f"{name}_ratio": statistics.median(r) for name, r in ratios.items()}
+
+
+def train_side(side: str) -> dict:
+    """Train SmolLM2 with LoRA for some steps; median seconds of a step and the process's peak memory."""
+    import torch
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from stm_plugin import STMSFTConfig, STMSFTTrainer
+
+    class StepTimes(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_step_end(self, *args, **kwargs) -> None:
+            self.ends.append(time.perf_counter())
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    model, data = model_and_data()
+    trainer_class, config_class, more = {
+        "SFT": (SFTTrainer, SFTConfig, {}),
+        "STM": (STMSFTTrainer, STMSFTConfig, {"stm_scores_dir": os.environ["STM_BENCHMARK_SCORES"]}),
+    }[side]
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as output_dir:
+        config = config_class(
+            output_dir=output_dir,
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            max_length=MAX_LENGTH,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            **more,
+        )
+        lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer_class(str(model), config, train_dataset=data, peft_config=lora, callbacks=[times]).train()
+    steps = [after - before for before, after in zip(times.ends, times.ends[1:], strict=False)][SKIPPED_STEPS:]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"step_seconds": statistics.median(steps), "peak_mib": peak}
+
+
+def compare_scoring(pairs: int) -> dict:
+    """Tokens a second of scoring, and of its floor: backbone forward and one head product on the same batches."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from stm_plugin.documents import Documents
+    from stm_plugin.options import STMOptions
+    from stm_plugin.plan import ScorePlan
+    from stm_plugin.scoring import score
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    folder, data = model_and_data()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [tokenized(tokenizer, row) for row in data]
+    plan = ScorePlan.of(Documents.from_rows(*(list(column) for column in zip(*rows, strict=True))))
+    budget = STMOptions.stm_tokens_per_batch
+    num_tokens = int(plan.lengths.sum())
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        seconds: dict[str, list[float]] = {"floor": [], "scoring": []}
+        for pair in range(pairs + 1):
+            for side in ("floor", "scoring") if pair % 2 == 0 else ("scoring", "floor"):
+                started = time.perf_counter()
+                if side == "floor":
+                    run_floor(model, plan, budget)
+                else:
+                    score(model, plan, tokens_per_batch=budget, progress=False)
+                if pair:  # the first pair warms up
+                    seconds[side].append(time.perf_counter() - started)
+        shares = [floor / ours for floor, ours in zip(seconds["floor"], seconds["scoring"], strict=True)]
+        results[str(dtype).removeprefix("torch.")] = {
+            "tokens": num_tokens,
+            "label_tokens": plan.num_scores,
+            "tokens_per_second": {side: num_tokens / statistics.median(times) for side, times in seconds.items()},
+            "share_of_floor": statistics.median(shares),
+            "shares": shares,
+        }
+    return results
+
+
+def run_floor(model, plan, tokens_per_batch: int) -> None:
+    """The least that scoring has to compute."""
+    import numpy as np
+    import torch
+
+    documents = plan.documents
+    with torch.no_grad():
+        for batch in plan.batches(tokens_per_batch):
+            lengths = plan.lengths[batch.start : batch.stop]
+            input_ids = np.zeros((len(batch), int(lengths.max())), dtype=np.int64)
+            predicting = []
+            for row, (member, length) in enumerate(zip(plan.members[batch.start : batch.stop], lengths, strict=True)):
+                start = documents.document_offsets[member]
+                input_ids[row, :length] = documents.input_ids[start : start + length]
+                positions = np.flatnonzero(documents.label_mask[start : start + length + 1])
+                predicting.append(row * input_ids.shape[1] + positions - 1)
+            hidden = model.base_model(input_ids=torch.from_numpy(input_ids), use_cache=False)[0].flatten(0, 1)
+            hidden[torch.from_numpy(np.concatenate(predicting))] @ model.get_output_embeddings().weight.T
+
+
+def model_and_data():
+    """SmolLM2-135M-Instruct and chats about the standard library's functions."""
+    from datasets import Dataset
+
+    from stm_plugin.demo.data import chats
+    from stm_plugin.demo.model import find_model
+
+    return find_model().path, Dataset.from_list(chats(ROWS, seed=0))
+
+
+def tokenized(tokenizer, row) -> tuple[list[int], list[int]]:
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"][:MAX_LENGTH]
+    return ids, [-100] * len(prompt) + ids[len(prompt) :]
+
+
+def machine() -> dict:
+    packages = ("torch", "transformers", "trl", "peft", "stm-plugin")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    processor = platform.processor() or platform.machine()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
+        "processor": processor,
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def print_table(results: dict) -> None:
+    training = results["training"]
+    print(f"STM / SFT, median of {len(training['runs']['STM'])} pairs")
+    for name, unit in (("step_seconds", "s a step"), ("peak_mib", "MiB peak")):
+        sides = [statistics.median(run[name] for run in training["runs"][side]) for side in ("SFT", "STM")]
+        print(f"  {sides[0]:9.3f} and {sides[1]:9.3f} {unit:9}  ratio {training[f'{name}_ratio']:.3f}")
+    for dtype, row in results["scoring"].items():
+        rates = row["tokens_per_second"]
+        print(f"scoring, {dtype}: {rates['scoring']:.0f} tokens/s, floor {rates['floor']:.0f}, share", end=" ")
+        print(f"{row['share_of_floor']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
