@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import xxhash
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 
 from .scoring import causal_lm
 
@@ -91,13 +93,6 @@ def _lora_parts(lm: torch.nn.Module) -> tuple[set[str], dict[str, torch.Tensor]]
     """Names of the adapter parts that leave the function as it is, and the scalings of the LoRA pairs that do not."""
     idle: set[str] = set()
     scalings: dict[str, torch.Tensor] = {}
-    from transformers.utils import is_peft_available
-
-    if not is_peft_available():
-        return idle, scalings
-    from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
-
     for prefix, module in lm.named_modules():
         if isinstance(module, LoraLayer):
             active = set() if module.disable_adapters or module.merged else set(module.active_adapters)

@@ -207,17 +207,18 @@ class STMTrainerMixin(_Host):
                 )
         if run is None or self.train_dataset is not run.masked or options != run.options:
             masks = make_masks(plan.documents, plan.spread(scores), options, self._stm_stop_token_ids())
-            run = self._stm_apply(masks, MaskedRun(options, source, source, plan, scores, key, {}), origin)
+            run = self._stm_apply(masks, MaskedRun(options, source, source, plan, scores, key, {}))
         if checkpoint is not None:
             self._stm_check_resumed(checkpoint, run)
         self._stm_run, self.train_dataset = run, run.masked
         self._stm_state.receipt = run.receipt
         self._stm_counts = {}
+        self._stm_announce(run.receipt, origin)
         if self.args.should_save:
             write_receipt(run.receipt, self.args.output_dir)
 
-    def _stm_apply(self, masks: Masks, run: MaskedRun, origin: str) -> MaskedRun:
-        """Check masks against the collator and report them; the run with its masked data set and receipt."""
+    def _stm_apply(self, masks: Masks, run: MaskedRun) -> MaskedRun:
+        """The run with its masked data set, which the collator has been checked to keep masked, and its receipt."""
         masked = with_columns(run.source, masks.documents, masks.labels, **{MASKED_COLUMN: masks.masked_per_row})
         self._stm_check_collator(masked, masks)
         entry = ScoreStore(run.options.stm_scores_dir).path(run.key)
@@ -231,33 +232,34 @@ class STMTrainerMixin(_Host):
             autocast=run.key.autocast,
             normalization="global",
         )
+        return MaskedRun(run.options, run.source, masked, run.plan, run.scores, run.key, receipt)
+
+    def _stm_announce(self, receipt: Receipt, origin: str) -> None:
+        """Say in one log line what is masked; warn about what may hurt."""
         self._stm_info(
             "STM is on: %s of %s label tokens masked (%.2f %%), those of perplexity above %s (%s nats, strategy %s, "
-            "reference %s). Scores: %s, in %s. The training loss is over kept tokens: compare eval_loss, not it, with "
-            "a "
-            "plain run's.",
-            f"{masks.num_masked:,}",
-            f"{masks.documents.num_label_tokens:,}",
-            100 * masks.masked_fraction,
+            "reference %s); %d of %d rows keep no token. Scores: %s, in %s. The training loss is over kept tokens: "
+            "compare eval_loss, not it, with a plain run's.",
+            f"{receipt['masked_tokens']:,}",
+            f"{receipt['label_tokens']:,}",
+            100 * receipt["masked_fraction"],
             receipt["threshold"],
             receipt["threshold_nats"],
-            run.options.stm_strategy,
-            run.options.stm_reference,
+            receipt["strategy"],
+            receipt["reference"],
+            receipt["rows_without_kept_tokens"],
+            receipt["rows"],
             origin,
-            entry,
+            receipt["scores_entry"],
         )
-        if masks.rows_without_kept_tokens:
-            self._stm_info("%d of %d rows keep no token.", masks.rows_without_kept_tokens, receipt["rows"])
-        if masks.masked_stop_tokens_fraction > _STOP_TOKENS_WARNING:
+        if receipt["stop_tokens_masked_fraction"] > _STOP_TOKENS_WARNING:
             self._stm_warn(
                 "STM masks %.1f %% of the stop tokens (%d of %d): the model may not learn to stop. A base model or a "
-                "foreign "
-                "chat template is the usual cause. stm_keep_stop_tokens=True keeps them in the loss.",
-                100 * masks.masked_stop_tokens_fraction,
-                masks.num_masked_stop_tokens,
-                masks.num_stop_tokens,
+                "foreign chat template is the usual cause. stm_keep_stop_tokens=True keeps them in the loss.",
+                100 * receipt["stop_tokens_masked_fraction"],
+                receipt["stop_tokens_masked"],
+                receipt["stop_tokens"],
             )
-        return MaskedRun(run.options, run.source, masked, run.plan, run.scores, run.key, receipt)
 
     def _stm_find_or_make_scores(
         self, plan: ScorePlan, options: STMOptions, expected: ScoresKey | None = None

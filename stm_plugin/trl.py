@@ -33,17 +33,6 @@ class STMSFTConfig(STMOptions, SFTConfig):
         super().__post_init__()
         self.check()
 
-    @classmethod
-    def from_args(cls, args: TrainingArguments) -> "STMSFTConfig":  # type: ignore[override]
-        """The same arguments with the STM defaults; what the argument object has become since it was made stays."""
-        if not isinstance(args, SFTConfig):
-            fields = args.to_dict() | {"hub_token": args.hub_token}  # to_dict hides the token; TRL converts likewise
-            args = SFTConfig(**fields)
-        config = cls.__new__(cls)
-        config.__dict__.update(vars(STMOptions()) | vars(args))
-        config.check()
-        return config
-
 
 class STMSFTTrainer(STMTrainerMixin, SFTTrainer):
     """TRL's `SFTTrainer` with Selective Token Masking (arXiv 2501.14315).
@@ -70,7 +59,7 @@ class STMSFTTrainer(STMTrainerMixin, SFTTrainer):
         show_log_lines()
         if not isinstance(args, STMSFTConfig):
             given = "no args" if args is None else type(args).__name__
-            args = STMSFTConfig(_default_output_dir(model)) if args is None else STMSFTConfig.from_args(args)
+            args = STMSFTConfig(_default_output_dir(model)) if args is None else _with_stm_defaults(args)
             logger.info("%s given: STM runs with its defaults (stm_threshold=%s).", given, STMOptions().threshold)
         super().__init__(model, args, *others, **keywords)
         if self._is_vision_dataset:
@@ -80,6 +69,17 @@ class STMSFTTrainer(STMTrainerMixin, SFTTrainer):
                 "or use SFTTrainer."
             )
         self._stm_setup()
+
+
+def _with_stm_defaults(args: TrainingArguments) -> STMSFTConfig:
+    """The same arguments with the STM defaults; what the argument object has become since it was made stays."""
+    if not isinstance(args, SFTConfig):
+        fields = args.to_dict() | {"hub_token": args.hub_token}  # to_dict hides the token; TRL converts likewise
+        args = SFTConfig(**fields)
+    config = STMSFTConfig.__new__(STMSFTConfig)
+    config.__dict__.update(vars(STMOptions()) | vars(args))
+    config.check()
+    return config
 
 
 def _default_output_dir(model: Any) -> str:
