@@ -92,6 +92,8 @@ class Documents:
         segments: np.ndarray,
         segment_sums: np.ndarray,
     ) -> "Documents":
+        if (segments < 0).any():
+            raise ValueError(f"seq_lengths must be lengths of documents, got {segments[segments < 0][0]}.")
         _check_lengths("labels", label_lengths, id_lengths, "Give one label per token, -100 where the loss is off.")
         _check_lengths("seq_lengths (summed)", segment_sums, id_lengths, "They must cut the row into its documents.")
         return cls(
@@ -179,8 +181,11 @@ def with_columns(dataset: "Dataset", documents: Documents, labels: np.ndarray, *
     from datasets.table import InMemoryTable, concat_tables
 
     features = dataset.features.copy()
-    label_type = features.get("labels", features["input_ids"])
-    feature_of = {"labels": label_type, **{name: datasets.Value("int64") for name in row_values}}
+    list_type = features.get("labels", features["input_ids"])
+    if getattr(list_type, "length", -1) != -1 or list_type.feature.dtype.startswith("uint"):
+        # A fixed length would not fit stored rows that are not shown, nor an unsigned type -100.
+        list_type = datasets.List(datasets.Value("int64"))
+    feature_of = {"labels": list_type, **{name: datasets.Value("int64") for name in row_values}}
     lengths = np.diff(documents.row_offsets)
     # Rows of the stored table that `dataset` shows; it may select, repeat or reorder them.
     shown = np.arange(len(dataset)) if dataset._indices is None else dataset._indices.column(0).to_numpy()
@@ -208,6 +213,7 @@ def with_columns(dataset: "Dataset", documents: Documents, labels: np.ndarray, *
 
 def _read_lists(dataset: "Dataset", column: str) -> tuple[np.ndarray, np.ndarray]:
     """A column of lists of ints as (all values, int64 lengths), read in slices."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     arrow = dataset.select_columns([column]).with_format("arrow")
@@ -217,6 +223,8 @@ def _read_lists(dataset: "Dataset", column: str) -> tuple[np.ndarray, np.ndarray
             flat = chunk.flatten()
             if chunk.null_count or flat.null_count:
                 raise ValueError(f"Column {column!r} has missing values in rows {start} to {start + len(chunk)}.")
+            if len(flat) and not pa.types.is_integer(flat.type):
+                raise ValueError(f"Column {column!r} must hold lists of integers, got {flat.type}.")
             values.append(flat.to_numpy(zero_copy_only=False).astype(np.int32))
             lengths.append(pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64))
     return _concatenate(values), _concatenate(lengths)

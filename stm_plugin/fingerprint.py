@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import xxhash
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
 from .scoring import causal_lm
@@ -112,9 +113,16 @@ def _lora_parts(lm: torch.nn.Module) -> tuple[set[str], dict[str, torch.Tensor]]
 
 
 def _other_adapters(model: torch.nn.Module) -> dict[str, Any]:
-    """Configs of the adapters whose function this module cannot tell from their weights: all but LoRA's."""
+    """Configs and states of the adapters whose function cannot be told from their weights: all but LoRA's."""
     configs = getattr(model, "peft_config", {})
-    return {name: config.to_dict() for name, config in configs.items() if config.peft_type != "LORA"}
+    others = {name: config.to_dict() for name, config in configs.items() if config.peft_type != "LORA"}
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    states = {
+        (type(layer).__name__, layer.disable_adapters, tuple(layer.merged_adapters), tuple(layer.active_adapters))
+        for layer in layers
+        if not isinstance(layer, LoraLayer)
+    }
+    return others | ({"states": sorted(map(str, states))} if states else {})
 
 
 def _does_something(module: Any, adapter: str) -> bool:
@@ -151,4 +159,8 @@ def _function_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()
+    return json.dumps(value, sort_keys=True, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)

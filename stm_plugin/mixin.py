@@ -36,7 +36,7 @@ from .plan import ScorePlan
 from .randomness import RandomState, preserved_random_state
 from .receipt import OPTIONS_OF_THE_MASK, Receipt, make_receipt, read_receipt, write_receipt
 from .reference import check_same_tokens, loaded_reference
-from .scoring import score
+from .scoring import check_scorable, score
 from .store import ScoresError, ScoresKey, ScoreStore
 
 if TYPE_CHECKING:
@@ -138,16 +138,7 @@ class STMTrainerMixin(_Host):
                 f"set ({type(self.train_dataset).__name__}) does not allow. Load it as a datasets.Dataset "
                 "(streaming=False)."
             )
-        from peft import PeftModel, PromptLearningConfig
-
-        if isinstance(self.model, PeftModel):
-            for name, config in self.model.peft_config.items():
-                if isinstance(config, PromptLearningConfig):
-                    raise ValueError(
-                        f"STM cannot score through the virtual tokens of adapter {name!r} ({config.peft_type}): they "
-                        "shift "
-                        "every position. Use LoRA or another adapter without virtual tokens."
-                    )
+        check_scorable(self.model)
         parallelism = self.accelerator.parallelism_config
         enabled = parallelism is not None and {
             "context parallelism (cp_size)": parallelism.cp_enabled,

@@ -1,7 +1,6 @@
 """The STM options: names, defaults, help texts and checks. The only place that defines any of them."""
 
 import difflib
-import math
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -135,6 +134,12 @@ class STMOptions:
                 )
         if not isinstance(self.stm_keep_stop_tokens, bool):
             raise ValueError(f"stm_keep_stop_tokens must be true or false, got {self.stm_keep_stop_tokens!r}.")
+        if self.stm_scores_dir is not None and (
+            (not isinstance(self.stm_scores_dir, str)
+            and not hasattr(self.stm_scores_dir, "__fspath__"))
+            or self.stm_scores_dir == ""
+        ):
+            raise ValueError(f"stm_scores_dir must be the path of a folder, got {self.stm_scores_dir!r}.")
         if _not_a(Integral, self.stm_tokens_per_batch) or self.stm_tokens_per_batch < 1:
             raise ValueError(
                 f"stm_tokens_per_batch must be a positive number of tokens, got {self.stm_tokens_per_batch!r}."
@@ -153,7 +158,7 @@ def nearest_option(name: str) -> str:
 
 def check_threshold(threshold: Any) -> None:
     """Raise ValueError unless `threshold` is a perplexity greater than 1 (`inf` included)."""
-    if _not_a(Real, threshold) or math.isnan(threshold) or threshold <= 1:
+    if _not_a(Real, threshold) or not threshold > 1:
         raise ValueError(
             f"stm_threshold must be a perplexity, a number greater than 1 (inf masks nothing), got {threshold!r}. The "
             f"paper's value is {DEFAULT_THRESHOLD}."

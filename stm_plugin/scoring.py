@@ -6,12 +6,14 @@ Shapes: B documents, T tokens, N label tokens, H hidden size, V vocabulary.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ._compat import repacks_weights_in_eval_mode
@@ -21,7 +23,6 @@ from .plan import ScorePlan
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ LOGITS_PER_SLICE = 2**23
 
 
 def score_dataset(
-    model: "PreTrainedModel | str",
+    model: PreTrainedModel | str,
     dataset: "Dataset",
     *,
     tokens_per_batch: int = STMOptions.stm_tokens_per_batch,
@@ -61,11 +62,11 @@ def score_dataset(
     scores = score(model, plan, tokens_per_batch=tokens_per_batch, progress=progress)
     nll = np.full(len(documents.input_ids), np.nan, dtype=np.float32)
     nll[documents.label_mask] = plan.spread(scores)
-    return np.split(nll, documents.row_offsets[1:-1])
+    return [nll[start:end] for start, end in pairwise(documents.row_offsets.tolist())]
 
 
 def score(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     plan: ScorePlan,
     *,
     tokens_per_batch: int,
@@ -96,6 +97,7 @@ def score(
     Returns:
         NLL in nats in the plan's order, shape `(plan.num_scores,)`, float32; zero outside this process's share.
     """
+    check_scorable(model)
     scores = np.zeros(plan.num_scores, dtype=np.float32)
     batches = plan.batches(tokens_per_batch)[process_index::num_processes]
     num_tokens = sum(int(plan.lengths[batch.start : batch.stop].sum()) for batch in batches)
@@ -110,7 +112,7 @@ def score(
     return scores
 
 
-def token_nll(model: "PreTrainedModel", hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def token_nll(model: PreTrainedModel, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """NLL of labels, given the hidden states that predict them: the model's own head, then a float32 log-softmax.
 
     Args:
@@ -132,7 +134,33 @@ def token_nll(model: "PreTrainedModel", hidden_states: torch.Tensor, labels: tor
     )
 
 
-def causal_lm(model: Any) -> "PreTrainedModel":
+def check_scorable(model: Any) -> None:
+    """Raise ValueError for a model whose function the scoring forward would not be, saying what to change."""
+    lm = causal_lm(model)
+    if not isinstance(lm, PreTrainedModel):
+        raise ValueError(f"STM cannot score {type(lm).__name__}: it needs a causal language model of transformers.")
+    if lm.base_model is lm:
+        raise ValueError(
+            f"STM cannot score {type(lm).__name__}: it has no backbone apart from its language-model head "
+            "(transformers' `base_model`)."
+        )
+    configs = getattr(model, "peft_config", {})
+    for name, config in configs.items():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"STM cannot score through the virtual tokens of adapter {name!r} ({config.peft_type}): they shift "
+                "every "
+                "position. Use LoRA or another adapter without virtual tokens."
+            )
+        if getattr(config, "alora_invocation_tokens", None) is not None:
+            raise ValueError(
+                f"STM cannot score adapter {name!r}, an activated LoRA (alora_invocation_tokens): where it starts to "
+                "act "
+                "differs from row to row. Use a plain LoRA."
+            )
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
     """The model with the language-model head, out of a PEFT wrapper whose layers stay active within it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -152,7 +180,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _score_batch(model: "PreTrainedModel", plan: ScorePlan, batch: range) -> np.ndarray:
+def _score_batch(model: PreTrainedModel, plan: ScorePlan, batch: range) -> np.ndarray:
     """Scores of a run of planned documents, in order."""
     documents = plan.documents
     lengths = plan.lengths[batch.start : batch.stop]
@@ -167,14 +195,8 @@ def _score_batch(model: "PreTrainedModel", plan: ScorePlan, batch: range) -> np.
         predicting.append(row * width + positions - 1)  # the token at t is predicted at t - 1
         labels.append(documents.labels[start + positions])
     lm = causal_lm(model)
-    backbone = lm.base_model
-    if backbone is lm:
-        raise ValueError(
-            f"STM cannot score {type(lm).__name__}: it has no backbone apart from its language-model head "
-            "(transformers' `base_model`)."
-        )
     device = lm.get_input_embeddings().weight.device
-    hidden_states = backbone(input_ids=torch.from_numpy(input_ids).to(device), use_cache=False)[0]
+    hidden_states = lm.base_model(input_ids=torch.from_numpy(input_ids).to(device), use_cache=False)[0]
     index = torch.from_numpy(np.concatenate(predicting)).to(hidden_states.device)
     hidden_states = hidden_states.flatten(0, 1).index_select(0, index)
     label_ids = torch.from_numpy(np.concatenate(labels).astype(np.int64))
@@ -189,7 +211,7 @@ class _BackboneOutput(MoeModelOutputWithPast):
             raise AttributeError(name)
 
 
-def _head_logits(lm: "PreTrainedModel", hidden_states: torch.Tensor) -> torch.Tensor:
+def _head_logits(lm: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
     """Logits `(n, V)` of hidden states `(n, H)`, as the model's own forward makes them.
 
     The forward runs with its backbone standing aside, so that each architecture's scaling, soft-capping, bias and head
@@ -198,7 +220,7 @@ def _head_logits(lm: "PreTrainedModel", hidden_states: torch.Tensor) -> torch.Te
     outputs = [_BackboneOutput(last_hidden_state=hidden_states[None])]
     token_ids = torch.zeros((1, len(hidden_states)), dtype=torch.long, device=hidden_states.device)
     with _replaced_forward(lm.base_model, lambda *args, **kwargs: outputs.pop()):
-        logits: torch.Tensor = lm(input_ids=token_ids, use_cache=False).logits
+        logits: torch.Tensor = lm(input_ids=token_ids, use_cache=False, return_dict=True).logits
     if outputs or logits.shape[:2] != token_ids.shape:
         raise ValueError(
             f"STM cannot score {type(lm).__name__}: its forward does not run its backbone once and its head on every "
@@ -209,13 +231,17 @@ def _head_logits(lm: "PreTrainedModel", hidden_states: torch.Tensor) -> torch.Te
 
 @contextmanager
 def _replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give a module another forward, over any that an instance attribute (accelerate, TRL, Liger) already gives it."""
-    before = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    """Give a module another forward, over any that an instance attribute (accelerate, TRL, Liger) already gives it.
+
+    Its hooks and its compiled form, which belong to its own forward, stand aside too.
+    """
+    attributes = vars(module)
+    replaced = {"forward": forward, "_forward_hooks": {}, "_forward_pre_hooks": {}, "_compiled_call_impl": None}
+    before = {name: attributes[name] for name in replaced if name in attributes}
+    attributes.update(replaced)
     try:
         yield
     finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before  # type: ignore[method-assign]
+        for name in replaced:
+            del attributes[name]
+        attributes.update(before)

@@ -42,7 +42,10 @@ def mask_labels(
     check_threshold(threshold)
     check_strategy(strategy)
     check_seed(seed)
-    label_ids = _to_numpy(labels).astype(np.int64)
+    given = _to_numpy(labels)
+    if given.dtype.kind in "ub":
+        raise ValueError(f"labels must be of a type that can hold -100, got {given.dtype}.")
+    label_ids = given.astype(np.int64)
     scores = _to_numpy(nll).astype(np.float32)
     if label_ids.ndim != 1 or scores.shape != label_ids.shape:
         raise ValueError(

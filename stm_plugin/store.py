@@ -7,6 +7,7 @@ Thresholds are applied when scores are read, so they are no part of the key.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -140,15 +141,17 @@ class ScoreStore:
             os.rename(draft, path)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
-            if not path.exists():
+            if not (path / MANIFEST).exists():
                 raise ScoresError(f"Scores could not be written to {path} ({error}).") from error
         return path
 
     def _write_shard(self, folder: Path, index: int, scores: np.ndarray) -> dict[str, Any]:
         file = folder / f"shard-{index:05d}.npy"
-        np.save(file, scores.astype("<f4"), allow_pickle=False)
+        content = io.BytesIO()
+        np.save(content, scores.astype("<f4"), allow_pickle=False)
+        file.write_bytes(content.getbuffer())  # np.save to a file passes over a disk that is full at the end
         _sync(file)
-        return {"file": file.name, "num_scores": len(scores), "xxh3_128": _file_hash(file.read_bytes())}
+        return {"file": file.name, "num_scores": len(scores), "xxh3_128": _file_hash(content.getbuffer())}
 
     def _read_shard(self, path: Path, shard: dict[str, Any]) -> np.ndarray:
         try:
@@ -157,8 +160,13 @@ class ScoreStore:
             raise _unusable(path, f"{shard['file']} cannot be read ({error})") from error
         if _file_hash(content) != shard["xxh3_128"]:
             raise _unusable(path, f"{shard['file']} has been altered or cut short (its checksum differs)")
-        header = len(content) - 4 * shard["num_scores"]  # the checksum holds, so the layout is as it was written
-        return np.frombuffer(content, dtype="<f4", offset=header).astype(np.float32)
+        try:
+            scores = np.load(io.BytesIO(content), allow_pickle=False)
+        except ValueError as error:
+            raise _unusable(path, f"{shard['file']} holds no array of numbers ({error})") from error
+        if scores.dtype != np.float32 or scores.shape != (shard["num_scores"],):
+            raise _unusable(path, f"{shard['file']} holds {scores.dtype} of shape {scores.shape}")
+        return scores
 
     def _read_manifest(self, path: Path) -> dict[str, Any]:
         try:
@@ -185,7 +193,7 @@ def _checksum(content: dict[str, Any]) -> str:
     return _file_hash(json.dumps(content, sort_keys=True).encode())
 
 
-def _file_hash(content: bytes) -> str:
+def _file_hash(content: bytes | memoryview) -> str:
     return xxhash.xxh3_128(content).hexdigest()
 
 
