@@ -61,6 +61,12 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
 
 
+def weights_dtype(model: torch.nn.Module) -> str:
+    """Dtypes of the floating-point weights that the function depends on, sorted and joined by commas."""
+    weights = (tensor for _, tensor in effective_tensors(model) if isinstance(tensor, torch.nn.Parameter))
+    return ",".join(sorted({str(weight.dtype) for weight in weights if weight.is_floating_point()}))
+
+
 def quantization(model: torch.nn.Module) -> str:
     """How the model's weights are quantized, as canonical JSON; `"none"` where they are not."""
     config = getattr(causal_lm(model).config, "quantization_config", None)

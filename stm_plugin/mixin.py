@@ -28,7 +28,7 @@ from transformers.trainer_callback import ExportableState
 from .collators import MaskCounter, check_collator
 from .constants import IGNORE_INDEX, MASKED_COLUMN
 from .documents import Documents, with_columns
-from .fingerprint import model_fingerprint, quantization
+from .fingerprint import model_fingerprint, quantization, weights_dtype
 from .logs import show_log_lines
 from .masks import Masks, make_masks
 from .options import REFERENCE_INITIAL, STMOptions
@@ -108,7 +108,7 @@ class STMTrainerMixin(_Host):
         self._stm_counts: dict[str, Any] = {}
         options = STMOptions.from_args(self.args)
         self._stm_check_supported()
-        documents = Documents.from_dataset(self.train_dataset)
+        documents = _unmasked_documents(self.train_dataset)
         if options.stm_reference != REFERENCE_INITIAL:
             assert not isinstance(options.stm_reference_kwargs, str)
             check_same_tokens(
@@ -122,7 +122,7 @@ class STMTrainerMixin(_Host):
         if not self.args.average_tokens_across_devices:
             self.args.average_tokens_across_devices = True
             self._stm_info("average_tokens_across_devices is on while STM is: its loss is over all tokens of a step.")
-        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+        if not self._stm_counts_tokens():
             self._stm_warn(
                 "The loss of %s takes no count of tokens, so the host averages over micro-batches instead of over all "
                 "kept "
@@ -179,30 +179,29 @@ class STMTrainerMixin(_Host):
         """Give `train_dataset` its masked labels, unless it has them already."""
         options = STMOptions.from_args(self.args)
         run, origin = self._stm_run, "made before"
-        if run is not None and self.train_dataset is run.masked:
-            source, plan, scores, key = run.source, run.plan, run.scores, run.key
+        masked_before = run is not None and self.train_dataset is run.masked
+        if run is not None and masked_before and self.model_init is None:
             if options.stm_reference != run.options.stm_reference:
                 raise ValueError(
                     f"stm_reference changed from {run.options.stm_reference!r} to {options.stm_reference!r} after the "
                     "training set was scored. Make a new trainer for it."
                 )
+            source, plan, scores, key = run.source, run.plan, run.scores, run.key
         else:
-            source = self.train_dataset
-            plan = ScorePlan.of(Documents.from_dataset(source))
+            source = run.source if run is not None and masked_before else self.train_dataset
+            plan = ScorePlan.of(_unmasked_documents(source))
             if checkpoint is None:
                 key, scores, origin = self._stm_find_or_make_scores(plan, options)
             else:
-                (key, scores), origin = (
-                    self._stm_scores_of_checkpoint(checkpoint, plan, options),
-                    "of the original start",
-                )
-        if run is None or self.train_dataset is not run.masked or options != run.options:
+                (key, scores), origin = self._stm_scores_of_checkpoint(checkpoint, plan, options), "of the start"
+        if run is None or not masked_before or options != run.options or key != run.key:
             masks = make_masks(plan.documents, plan.spread(scores), options, self._stm_stop_token_ids())
             run = self._stm_apply(masks, MaskedRun(options, source, source, plan, scores, key, {}))
         if checkpoint is not None:
             self._stm_check_resumed(checkpoint, run)
         self._stm_run, self.train_dataset = run, run.masked
         self._stm_state.receipt = run.receipt
+        self.state.stateful_callbacks[STMState.__name__] = self._stm_state.state()
         self._stm_counts = {}
         self._stm_announce(run.receipt, origin)
         if self.args.should_save:
@@ -219,9 +218,9 @@ class STMTrainerMixin(_Host):
             run.key,
             entry,
             unscored_label_tokens=masks.documents.num_unscored_labels if self._stm_trains_first_label else 0,
-            dtype=sorted({str(parameter.dtype) for parameter in self.model.parameters()}),
+            dtype=run.key.dtype.split(","),
             autocast=run.key.autocast,
-            normalization="global",
+            normalization="global" if self._stm_counts_tokens() else "host",
         )
         return MaskedRun(run.options, run.source, masked, run.plan, run.scores, run.key, receipt)
 
@@ -316,7 +315,7 @@ class STMTrainerMixin(_Host):
     def _stm_score_before_resuming(self, checkpoint: str) -> None:
         """If a resumed run's scores are gone, make them while the model is still as its trainer was given it."""
         options = STMOptions.from_args(self.args)
-        plan = ScorePlan.of(Documents.from_dataset(self.train_dataset))
+        plan = ScorePlan.of(_unmasked_documents(self.train_dataset))
         key = self._stm_key_of_checkpoint(checkpoint, plan)
         if not self._stm_from_main(ScoreStore(options.stm_scores_dir).path(key).exists):
             self._stm_find_or_make_scores(plan, options, expected=key)
@@ -392,7 +391,8 @@ class STMTrainerMixin(_Host):
             num_kept, num_masked = self._stm_counts.pop("sum").tolist()
             logs["stm/kept_tokens"] = num_kept
             logs["stm/masked_fraction"] = num_masked / max(1, num_kept + num_masked)
-            logs["stm/threshold"] = float(self._stm_run.receipt["threshold"])
+            if self._stm_run.receipt["threshold"] != "inf":  # JSON, and so trainer_state.json, has no infinity
+                logs["stm/threshold"] = self._stm_run.receipt["threshold"]
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -400,6 +400,10 @@ class STMTrainerMixin(_Host):
         if self._stm_run is not None and self.args.should_save:
             write_receipt(self._stm_run.receipt, output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
+
+    def _stm_counts_tokens(self) -> bool:
+        """Whether the host divides by the number of kept tokens of a whole step."""
+        return bool(self.model_accepts_loss_kwargs) or self.compute_loss_func is not None
 
     def _stm_stop_token_ids(self) -> set[int]:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -434,7 +438,23 @@ class STMTrainerMixin(_Host):
 def _scores_key(model: Any, autocast: Autocast, plan: ScorePlan, device: str) -> ScoresKey:
     with autocast():
         dtype = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
-    return ScoresKey(model_fingerprint(model), quantization(model), dtype, plan.fingerprint)
+    return ScoresKey(
+        model=model_fingerprint(model),
+        quantization=quantization(model),
+        dtype=weights_dtype(model),
+        autocast=dtype,
+        data=plan.fingerprint,
+    )
+
+
+def _unmasked_documents(dataset: "datasets.Dataset") -> Documents:
+    if MASKED_COLUMN in dataset.column_names:
+        raise ValueError(
+            f"The training set has been masked by STM already (it has a column {MASKED_COLUMN!r}): masking it again "
+            "would "
+            "leave out what other scores chose. Give the data set as it was before."
+        )
+    return Documents.from_dataset(dataset)
 
 
 def _receipt_of(checkpoint: str) -> Receipt:

@@ -135,8 +135,7 @@ class STMOptions:
         if not isinstance(self.stm_keep_stop_tokens, bool):
             raise ValueError(f"stm_keep_stop_tokens must be true or false, got {self.stm_keep_stop_tokens!r}.")
         if self.stm_scores_dir is not None and (
-            (not isinstance(self.stm_scores_dir, str)
-            and not hasattr(self.stm_scores_dir, "__fspath__"))
+            (not isinstance(self.stm_scores_dir, str) and not hasattr(self.stm_scores_dir, "__fspath__"))
             or self.stm_scores_dir == ""
         ):
             raise ValueError(f"stm_scores_dir must be the path of a folder, got {self.stm_scores_dir!r}.")

@@ -35,6 +35,7 @@ class ScoresKey:
     Attributes:
         model: Fingerprint of the model's function.
         quantization: How its weights are quantized.
+        dtype: Dtypes of its floating-point weights, joined by commas.
         autocast: Dtype of the forward's autocast, or `none`.
         data: Fingerprint of the token ids and label positions.
         format_version: Layout of the store.
@@ -42,6 +43,7 @@ class ScoresKey:
 
     model: str
     quantization: str
+    dtype: str
     autocast: str
     data: str
     format_version: int = SCORES_FORMAT_VERSION

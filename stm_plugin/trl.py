@@ -33,6 +33,20 @@ class STMSFTConfig(STMOptions, SFTConfig):
         super().__post_init__()
         self.check()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as what JSON can hold, as trackers ask for them."""
+        fields: dict[str, Any] = super().to_dict()
+        if isinstance(self.stm_reference_kwargs, dict):
+            fields["stm_reference_kwargs"] = {
+                name: value.to_dict()
+                if hasattr(value, "to_dict")
+                else value
+                if isinstance(value, str | int | float | None)
+                else str(value)
+                for name, value in self.stm_reference_kwargs.items()
+            }
+        return fields
+
 
 class STMSFTTrainer(STMTrainerMixin, SFTTrainer):
     """TRL's `SFTTrainer` with Selective Token Masking (arXiv 2501.14315).

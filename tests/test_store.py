@@ -17,7 +17,7 @@ import pytest
 from stm_plugin.constants import SCORES_FORMAT_VERSION
 from stm_plugin.store import MANIFEST, ScoresError, ScoresKey, ScoreStore, cache_home, default_root
 
-KEY = ScoresKey(model="aa11", quantization="none", autocast="torch.bfloat16", data="bb22")
+KEY = ScoresKey(model="aa11", quantization="none", dtype="torch.float32", autocast="torch.bfloat16", data="bb22")
 SHARD = "shard-00000.npy"
 WRONG = r"^The scores in {} cannot be used: {}.* Delete that folder to have them made again, or set stm_scores_dir"
 
@@ -85,12 +85,12 @@ def test_each_part_of_the_key_names_another_folder():
     keys = [
         KEY,
         *(replace(KEY, **{name: 7 if name == "format_version" else "other"}) for name in vars(KEY)),
-        ScoresKey(model="none", quantization="aa11", autocast="torch.bfloat16", data="bb22"),
+        ScoresKey(model="none", quantization="aa11", dtype="torch.float32", autocast="torch.bfloat16", data="bb22"),
     ]
     names = {key.name for key in keys}
     assert len(names) == len(keys)
     assert all(len(name) == 32 and int(name, 16) >= 0 for name in names)
-    assert KEY.name == "129deb862d9b87466ac31788c46da8fb"  # pinned: another name would lose all that is stored
+    assert KEY.name == "d690dec4ee28cd96399d6adc7bbce2b4"  # pinned: another name would lose all that is stored
 
 
 def test_writing_again_keeps_the_first(store, entry):
@@ -286,7 +286,7 @@ def test_a_killed_writer_leaves_no_entry(tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
-        "ScoreStore(sys.argv[1]).write(ScoresKey('aa11', 'none', 'torch.bfloat16', 'bb22'), np.ones(1000, 'f4'))\n"
+        "ScoreStore(sys.argv[1]).write(ScoresKey('aa11', 'none', 'torch.float32', 'torch.bfloat16', 'bb22'), np.ones(1000, 'f4'))\n"
     )
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=root, capture_output=True)
@@ -362,7 +362,7 @@ def test_writers_in_two_processes(store):
         "from stm_plugin.store import ScoreStore, ScoresKey\n"
         "scores = np.random.default_rng(int(sys.argv[2])).exponential(size=1000).astype(np.float32)\n"
         "sys.stdin.readline()\n"
-        "print(ScoreStore(sys.argv[1]).write(ScoresKey('aa11', 'none', 'torch.bfloat16', 'bb22'), scores))\n"
+        "print(ScoreStore(sys.argv[1]).write(ScoresKey('aa11', 'none', 'torch.float32', 'torch.bfloat16', 'bb22'), scores))\n"
     )
     root = Path(__file__).resolve().parents[1]
     writers = [
