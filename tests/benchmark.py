@@ -163,10 +163,10 @@ def model_and_data():
     """SmolLM2-135M-Instruct and chats about the standard library's functions."""
     from datasets import Dataset
 
-    from stm_plugin.demo.data import chats
+    from stm_plugin.demo.data import training_chats
     from stm_plugin.demo.model import find_model
 
-    return find_model().path, Dataset.from_list(chats(ROWS, seed=0))
+    return find_model().path, Dataset.from_list(training_chats(ROWS, seed=0))
 
 
 def tokenized(tokenizer, row) -> tuple[list[int], list[int]]:

@@ -141,16 +141,23 @@ def test_swapped_weights_count():
     first.gate_proj.weight, second.gate_proj.weight = second.gate_proj.weight, first.gate_proj.weight
     assert model_fingerprint(model) != BASE
     model = llama()
-    model.model.layers[0].self_attn.k_proj.weight.data = model.model.layers[0].self_attn.k_proj.weight.data.T
+    projection = model.model.layers[0].self_attn.k_proj.weight
+    projection.data = projection.data.reshape(projection.shape[::-1])
     assert model_fingerprint(model) != BASE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype_counts(dtype):
     assert model_fingerprint(llama().to(dtype)) != BASE
-    assert model_fingerprint(llama().to(dtype).float()) == (
-        BASE if dtype == torch.float64 else model_fingerprint(llama().to(dtype).float())
-    )
+    assert (model_fingerprint(llama().to(dtype).float()) == BASE) == (dtype == torch.float64)
+
+
+def test_the_same_bytes_as_another_dtype_count():
+    model = llama().bfloat16()
+    fingerprint = model_fingerprint(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.view(torch.float16)
+    assert model_fingerprint(model) != fingerprint
 
 
 @pytest.mark.parametrize(

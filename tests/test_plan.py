@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stm_plugin.documents import Documents
 from stm_plugin.plan import ScorePlan
 
-examples = settings(deadline=None, max_examples=100, database=None)
+examples = settings(deadline=None, max_examples=100, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 # Few ids and short documents, so that equal documents and equal lengths are common.
 position = st.tuples(st.integers(0, 2), st.booleans())

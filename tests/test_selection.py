@@ -8,14 +8,14 @@ from collections import deque
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stm_plugin.selection import check_scores, fraction_threshold_nats, label_positions, mask_labels, select_masked
 
 LOG_2_5 = math.log(2.5)
 
-examples = settings(deadline=None, max_examples=100, database=None)
+examples = settings(deadline=None, max_examples=100, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 # The oracles: one document at a time, one token at a time.

@@ -1,7 +1,6 @@
-"""Bit equality with `SFTTrainer` where nothing is masked, randomness left alone, and exact losses and gradients where some is."""
+"""Bit for bit `SFTTrainer` where nothing is masked; randomness left alone; exact losses and gradients where some is."""
 
 import copy
-import itertools
 import json
 import math
 import random
@@ -15,6 +14,7 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM
 from trl_helpers import (
     IGNORE,
+    CountTokens,
     RecordingSFT,
     RecordingSTM,
     all_masked_row,
@@ -64,7 +64,10 @@ def _pair(tokenizer, make_model, tmp_path, rows, keywords=dict, **options):
     ("kind", "options"),
     [
         ("full", {}),
-        ("full", {"packing": True, "max_length": 96, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}),
+        (
+            "full",
+            {"packing": True, "max_length": 96, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+        ),
         ("full", {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
         ("full", {"train_sampling_strategy": "group_by_length", "dataloader_num_workers": 2}),
         ("full", {"neftune_noise_alpha": 5.0}),
@@ -83,7 +86,9 @@ def _pair(tokenizer, make_model, tmp_path, rows, keywords=dict, **options):
 def test_without_masks_it_is_sft_bit_for_bit(kind, options, tokenizer, make_model, chats, tmp_path):
     rows = chats[:9]
     keywords = _lora if kind == "lora" else dict
-    plain, masked = _pair(tokenizer, make_model, tmp_path, rows, keywords, max_steps=20, stm_threshold=math.inf, **options)
+    plain, masked = _pair(
+        tokenizer, make_model, tmp_path, rows, keywords, max_steps=20, stm_threshold=math.inf, **options
+    )
     assert len(history(plain, "loss")) == 20
     assert history(plain, *METRICS) == history(masked, *METRICS)
     assert plain.losses == masked.losses
@@ -110,7 +115,9 @@ def test_without_masks_it_is_sft_bit_for_bit(kind, options, tokenizer, make_mode
     ids=str,
 )
 def test_data_order_and_random_states_are_those_of_sft(options, threshold, tokenizer, make_model, chats, tmp_path):
-    plain, masked = _pair(tokenizer, make_model, tmp_path, chats, _lora, num_train_epochs=2, stm_threshold=threshold, **options)
+    plain, masked = _pair(
+        tokenizer, make_model, tmp_path, chats, _lora, num_train_epochs=2, stm_threshold=threshold, **options
+    )
     assert len(plain.batches) == len(masked.batches) > 1
     for one, other in zip(plain.batches, masked.batches, strict=True):
         assert one.keys() == other.keys()
@@ -133,8 +140,6 @@ def test_global_generators_are_left_alone(scores, tokenizer, make_model, chats, 
 
 
 def test_scoring_is_in_eval_mode_and_training_flags_come_back(tokenizer, make_model, chats, tmp_path):
-    from trl_helpers import CountTokens
-
     model = make_model(attention_dropout=0.5)
     model.model.layers[0].mlp.eval()  # a flag of one's own, which SFTTrainer's model.train() would set
     trainer = stm_trainer(model, chats, tokenizer, tmp_path, stm_threshold=500.0, max_steps=1)
@@ -160,7 +165,9 @@ def _with_empty_rows(tokenizer, make_model, count=4):
     rows = label_rows(tokenizer, count)
     double = make_model()
     nats = math.log(threshold_between(oracle_nll(rows, double)))
-    rows[0] = all_masked_row(rows[0], lambda row: nll_of_row(row, lambda ids: float64_logits(double, ids)), nats + 0.01)
+    rows[0] = all_masked_row(
+        rows[0], lambda row: nll_of_row(row, lambda ids: float64_logits(double, ids)), nats + 0.01
+    )
     assert_margin(scores_of(oracle_nll(rows, double)), nats)
     masked = masked_rows(rows, oracle_nll(rows, double), nats)
     assert {*masked[0]} == {IGNORE}
@@ -182,7 +189,7 @@ def _assert_same_gradient(found, expected, tolerance=2e-5):
 def test_gradient_is_that_of_the_kept_tokens_over_the_whole_step(
     kind, layout, loss_type, tokenizer, make_model, tmp_path
 ):
-    """Accumulation over two micro-batches, one of them without any kept token (all rows of one micro-batch when padded)."""
+    """Accumulation over two micro-batches, one of them without any kept token."""
     rows, masked, threshold = _with_empty_rows(tokenizer, make_model, count=2)
     model = make_model()
     keywords = {}
@@ -194,7 +201,9 @@ def test_gradient_is_that_of_the_kept_tokens_over_the_whole_step(
         nll = oracle_nll(rows, plain_model)
         threshold = threshold_between(nll, share=0.5)
         rows[0] = all_masked_row(
-            rows[0], lambda row: nll_of_row(row, lambda ids: float64_logits(plain_model, ids)), math.log(threshold) + 0.01
+            rows[0],
+            lambda row: nll_of_row(row, lambda ids: float64_logits(plain_model, ids)),
+            math.log(threshold) + 0.01,
         )
         nll = oracle_nll(rows, plain_model)
         assert_margin(scores_of(nll), math.log(threshold))
@@ -251,7 +260,12 @@ def test_gradient_does_not_depend_on_the_cut_of_the_step(loss_type, tokenizer, m
         "4 x 1": {"per_device_train_batch_size": 4},
         "1 x 4": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
         "3 + 1": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
-        "packed 1 x 2": {"packing": True, "max_length": 40, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        "packed 1 x 2": {
+            "packing": True,
+            "max_length": 40,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 4,
+        },
         "packed 4": {"packing": True, "max_length": 80, "per_device_train_batch_size": 4},
     }.items():
         trainer = stm_trainer(
@@ -275,12 +289,10 @@ def test_gradient_does_not_depend_on_the_cut_of_the_step(loss_type, tokenizer, m
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_with_nothing_kept_is_a_finite_zero(accumulation, loss_type, tokenizer, make_model, tmp_path):
     rows, _, threshold = _with_empty_rows(tokenizer, make_model)
-    empty = rows[0]
-    rows = [rows[1], *[copy.deepcopy(empty) for _ in range(2 * accumulation)], *rows[1 : 1 + 2 * accumulation - 1]]
-    rows = rows[: (len(rows) // accumulation) * accumulation]
+    empty, some = rows[:2]
     trainer = stm_trainer(
         make_model(),
-        rows[:1] * accumulation + [empty] * accumulation + rows[:1] * accumulation,
+        [some] * accumulation + [empty] * accumulation + [some] * accumulation,
         tokenizer,
         tmp_path,
         trainer_class=RecordingSTM,
@@ -303,7 +315,9 @@ def test_a_step_with_nothing_kept_is_a_finite_zero(accumulation, loss_type, toke
     assert all(math.isfinite(value) for value in trainer.losses)
     assert trainer.losses[accumulation : 2 * accumulation] == [0.0] * accumulation
     empty_gradient = trainer.gradients[1]
-    assert empty_gradient.keys() == trainer.gradients[0].keys(), "the loss of the empty step was cut off from the graph"
+    assert empty_gradient.keys() == trainer.gradients[0].keys(), (
+        "the loss of the empty step was cut off from the graph"
+    )
     assert all(not gradient.any() for gradient in empty_gradient.values())
     assert same_bits(before[accumulation], before[2 * accumulation]), "SGD moved weights on nothing"
     assert not same_bits(before[0], before[accumulation])
@@ -312,7 +326,7 @@ def test_a_step_with_nothing_kept_is_a_finite_zero(accumulation, loss_type, toke
 
 
 def test_masking_comes_before_the_count(tokenizer, make_model, chats, tmp_path):
-    """`num_items_in_batch` of every micro-batch is the number of kept tokens of its whole step, not of all label tokens."""
+    """`num_items_in_batch` is the number of kept tokens of the whole step, not that of its label tokens."""
     trainer = stm_trainer(
         make_model(),
         chats,
@@ -326,9 +340,7 @@ def test_masking_comes_before_the_count(tokenizer, make_model, chats, tmp_path):
     trainer.train()
     found = [float(items) for items in trainer.items]
     kept = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in trainer.batches]
-    steps = [sum(pair) for pair in itertools.batched(kept, 2)] if hasattr(itertools, "batched") else [
-        kept[i] + kept[i + 1] for i in range(0, len(kept), 2)
-    ]
+    steps = [sum(kept[i : i + 2]) for i in range(0, len(kept), 2)]
     assert found == [count for count in steps for _ in range(2)]
     masked = json.loads((tmp_path / "stm.json").read_text())
     assert sum(kept) == masked["label_tokens"] - masked["masked_tokens"] < masked["label_tokens"]
@@ -393,6 +405,64 @@ def test_normalization_says_what_the_gradient_is(loss_type, tokenizer, make_mode
         _assert_same_gradient(trainer.gradients[0], expected)
 
 
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_router_loss_stays_where_nothing_is_kept(loss_type, tokenizer, make_model, tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def make():
+        torch.manual_seed(0)
+        return MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=4,
+                initializer_range=0.3,
+                pad_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                output_router_logits=True,
+                router_aux_loss_coef=0.5,
+            )
+        )
+
+    rows = label_rows(tokenizer, 2)
+    nats = math.log(threshold_between(oracle_nll(rows, make())))
+    rows[0] = all_masked_row(
+        rows[0], lambda row: nll_of_row(row, lambda ids: float64_logits(make(), ids)), nats + 0.01
+    )
+    nll = oracle_nll(rows, make())
+    assert_margin(scores_of(nll), nats)
+    trainer = stm_trainer(
+        make(),
+        rows,
+        tokenizer,
+        tmp_path,
+        trainer_class=RecordingSTM,
+        stm_threshold=math.exp(nats),
+        per_device_train_batch_size=1,
+        train_sampling_strategy="sequential",
+        learning_rate=0.0,
+        loss_type=loss_type,
+        router_aux_loss_coef=0.5,
+        logging_nan_inf_filter=False,
+    )
+    trainer.train()
+    assert [list(labels) for labels in trainer.train_dataset["labels"]] == masked_rows(rows, nll, nats)
+    model = make().eval()
+    router = [
+        0.5 * float(model(input_ids=torch.tensor([row["input_ids"]]), output_router_logits=True).aux_loss)
+        for row in rows
+    ]
+    kept = scores_of(nll[1:])[scores_of(nll[1:]) <= nats].mean()
+    assert trainer.losses == pytest.approx([router[0], router[1] + kept], rel=1e-4)
+    gates = [name for name, gradient in trainer.gradients[0].items() if gradient.any()]
+    assert any("gate" in name for name in gates)
+    assert not any("lm_head" in name for name in gates)
+
+
 def test_average_tokens_across_devices_is_switched_on(tokenizer, make_model, chats, tmp_path, caplog):
     with caplog.at_level("INFO", logger="stm_plugin"):
         trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path, average_tokens_across_devices=False)
@@ -402,11 +472,10 @@ def test_average_tokens_across_devices_is_switched_on(tokenizer, make_model, cha
 
 def test_low_perplexity_of_the_model_is_that_of_training(tokenizer, make_model, chats, tmp_path):
     """The first step's loss per kept token stays below log(threshold): what is kept is what the model finds likely."""
-    rows = [*chats]
-    plain = plain_trainer(make_model(), rows, tokenizer, tmp_path).train_dataset
+    plain = plain_trainer(make_model(), chats, tokenizer, tmp_path).train_dataset
     threshold = threshold_between(oracle_nll(plain, make_model()), share=0.6)
     trainer = stm_trainer(
-        make_model(), rows, tokenizer, tmp_path, per_device_train_batch_size=12, stm_threshold=threshold
+        make_model(), chats, tokenizer, tmp_path, per_device_train_batch_size=12, stm_threshold=threshold
     )
     trainer.train()
     assert 0 < history(trainer, "loss")[0][0] < math.log(threshold)

@@ -1,4 +1,4 @@
-"""Final labels, digests, batches and evaluation of `STMSFTTrainer` against an oracle, for every form of data TRL takes."""
+"""Final labels, digests, batches and evaluation of `STMSFTTrainer` against an oracle, for every form of data."""
 
 import copy
 import hashlib
@@ -6,6 +6,7 @@ import json
 import math
 import random
 
+import datasets
 import numpy as np
 import pytest
 from conftest import TEXT
@@ -161,7 +162,9 @@ def test_final_labels_equal_the_oracle(form, layout, tokenizer, make_model, tmp_
     masked = trainer.train_dataset
     assert [list(row) for row in masked["labels"]] == expected
     assert _columns_but_labels(masked) == _columns_but_labels(plain)
-    counts = [sum(a != b for a, b in zip(row["labels"], new, strict=True)) for row, new in zip(plain, expected, strict=True)]
+    counts = [
+        sum(a != b for a, b in zip(row["labels"], new, strict=True)) for row, new in zip(plain, expected, strict=True)
+    ]
     assert list(masked["stm_masked_tokens"]) == counts
     receipt = json.loads((tmp_path / "stm" / "stm.json").read_text())
     assert receipt["label_tokens"] == len(scores_of(nll))
@@ -282,7 +285,16 @@ def _by_ids(dataset, starts_masked):
 
 @pytest.mark.parametrize(
     ("layout", "workers"),
-    [("off", 0), ("off", 2), ("bfd", 0), ("bfd", 2), ("wrapped", 0), ("padding_free", 0), ("keep_end", 0), ("multiple", 0)],
+    [
+        ("off", 0),
+        ("off", 2),
+        ("bfd", 0),
+        ("bfd", 2),
+        ("wrapped", 0),
+        ("padding_free", 0),
+        ("keep_end", 0),
+        ("multiple", 0),
+    ],
 )
 def test_batches_carry_exactly_the_masked_labels(layout, workers, tokenizer, make_model, tmp_path):
     if layout == "multiple":
@@ -319,7 +331,7 @@ def test_batches_carry_exactly_the_masked_labels(layout, workers, tokenizer, mak
 
 
 def test_rows_not_trained_keep_their_extra_columns(tokenizer, make_model, tmp_path):
-    """Columns of one's own, and their order, survive; with remove_unused_columns=False the collator never sees STM's."""
+    """Columns of one's own survive; with remove_unused_columns=False the collator never sees STM's."""
     rows = [{**_partly_labelled(tokenizer, i), "name": f"row {i}", "weight": i / 2} for i in range(6)]
     plain = plain_trainer(make_model(), rows, tokenizer, tmp_path, remove_unused_columns=False).train_dataset
     trainer = stm_trainer(
@@ -332,7 +344,9 @@ def test_rows_not_trained_keep_their_extra_columns(tokenizer, make_model, tmp_pa
         remove_unused_columns=False,
     )
     seen, collate = [], trainer.data_collator.torch_call
-    trainer.data_collator.torch_call = lambda examples: (seen.extend(set(row) for row in examples), collate(examples))[1]
+    trainer.data_collator.torch_call = lambda examples: (seen.extend(set(row) for row in examples), collate(examples))[
+        1
+    ]
     trainer.train()
     assert trainer.train_dataset["name"][:] == plain["name"][:]
     assert trainer.train_dataset["weight"][:] == plain["weight"][:]
@@ -341,7 +355,22 @@ def test_rows_not_trained_keep_their_extra_columns(tokenizer, make_model, tmp_pa
     assert all("stm_masked_tokens" not in batch for batch in trainer.batches)
 
 
-@pytest.mark.parametrize("kind", ["selected", "shuffled", "torch format", "numpy format", "from disk", "sliced parquet"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "selected",
+        "shuffled",
+        "torch format",
+        "numpy format",
+        "some columns shown",
+        "from disk",
+        "sliced parquet",
+        "concatenated",
+        "int32 and large lists",
+        "fixed lengths",
+        "no labels",
+    ],
+)
 def test_any_arrow_layout_of_the_rows(kind, tokenizer, make_model, tmp_path):
     dataset = as_dataset([_partly_labelled(tokenizer, i) for i in range(10)])
     if kind == "selected":
@@ -352,9 +381,25 @@ def test_any_arrow_layout_of_the_rows(kind, tokenizer, make_model, tmp_path):
         dataset = dataset.with_format("torch")
     elif kind == "numpy format":
         dataset = dataset.with_format("numpy")
+    elif kind == "some columns shown":
+        dataset = dataset.add_column("extra", list(range(10))).with_format("numpy", columns=["input_ids", "labels"])
     elif kind == "from disk":
         dataset.save_to_disk(tmp_path / "disk")
         dataset = type(dataset).load_from_disk(tmp_path / "disk")
+    elif kind == "concatenated":
+        dataset = datasets.concatenate_datasets(
+            [dataset.select([1, 4]), dataset.select(range(3)), dataset.shuffle(seed=1)]
+        )
+    elif kind == "int32 and large lists":
+        large = datasets.LargeList(datasets.Value("int64"))
+        dataset = dataset.cast(datasets.Features(input_ids=datasets.List(datasets.Value("int32")), labels=large))
+    elif kind == "fixed lengths":
+        dataset = dataset.map(lambda row: {name: row[name][:12] for name in row})
+        dataset = dataset.cast(
+            datasets.Features(dict.fromkeys(("input_ids", "labels"), datasets.List(datasets.Value("int64"), 12)))
+        )
+    elif kind == "no labels":
+        dataset = dataset.remove_columns("labels")
     else:
         dataset.to_parquet(tmp_path / "rows.parquet")
         dataset = type(dataset).from_parquet(str(tmp_path / "rows.parquet")).select(range(2, 8))
@@ -369,8 +414,14 @@ def test_any_arrow_layout_of_the_rows(kind, tokenizer, make_model, tmp_path):
     assert found.format["type"] == dataset.format["type"]
     assert [list(map(int, row)) for row in found["labels"]] == masked_rows(rows, nll, math.log(threshold))
     assert [list(map(int, row)) for row in found["input_ids"]] == [row["input_ids"] for row in rows]
+    if kind != "no labels":
+        assert found.features["labels"] == dataset.features["labels"]
+    if kind == "some columns shown":
+        assert found.with_format(None)["extra"][:] == list(range(10))
     if kind == "from disk":
-        assert {file: file.stat().st_mtime_ns for file in (tmp_path / "disk").rglob("*")} == files, "a cache was written"
+        assert {file: file.stat().st_mtime_ns for file in (tmp_path / "disk").rglob("*")} == files, (
+            "a cache was written"
+        )
 
 
 # --- Strategies -----------------------------------------------------------------------------------------------------
@@ -389,7 +440,7 @@ def _stop_ids(tokenizer):
 
 
 def _oracle_strategy(plain, nll, nats, strategy, seed=0, stop_ids=()):
-    """Final labels of a strategy, document by document in plain Python; near ties of `low` are an error of the test."""
+    """Final labels of a strategy, document by document in plain Python; asserts that `low` has no near ties."""
     out = []
     for row, values in zip(plain, nll, strict=True):
         labels = list(row["labels"])
@@ -420,7 +471,9 @@ def _oracle_strategy(plain, nll, nats, strategy, seed=0, stop_ids=()):
 def test_strategies_and_stop_tokens(strategy, seed, keep_stop, tokenizer, make_model, tmp_path):
     rows, options, keywords, tokenizer, plain, nll, _ = _strategy_rows(tokenizer, make_model, tmp_path)
     stop_ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("a")}
-    stops = np.array([v for r, vs in zip(plain, nll, strict=True) for t, v in enumerate(vs) if r["labels"][t] in stop_ids])
+    stops = np.array(
+        [v for r, vs in zip(plain, nll, strict=True) for t, v in enumerate(vs) if r["labels"][t] in stop_ids]
+    )
     threshold = math.exp(np.nanmin(stops) + 0.01)  # so that stop tokens would be masked
     assert_margin(scores_of(nll), math.log(threshold))
     model = make_model()
@@ -457,7 +510,10 @@ def test_strategies_and_stop_tokens(strategy, seed, keep_stop, tokenizer, make_m
 def test_controls_do_not_depend_on_packing(strategy, tokenizer, make_model, tmp_path):
     rows, options, keywords, tokenizer, _, _, threshold = _strategy_rows(tokenizer, make_model, tmp_path)
     digests = set()
-    for name, layout in {"off": {"packing": False, "max_length": None}, "bfd": {"packing": True, "max_length": 256}}.items():
+    for name, layout in {
+        "off": {"packing": False, "max_length": None},
+        "bfd": {"packing": True, "max_length": 256},
+    }.items():
         trainer = stm_trainer(
             make_model(),
             rows if name == "off" else rows[::-1],
@@ -552,7 +608,14 @@ def test_receipt_is_complete_and_consistent(threshold, tokenizer, make_model, tm
 
     rows, options, keywords, tokenizer, plain, nll, some = _strategy_rows(tokenizer, make_model, tmp_path)
     trainer = stm_trainer(
-        make_model(), rows, tokenizer, tmp_path / "stm", keywords, max_steps=1, stm_threshold=threshold or some, **options
+        make_model(),
+        rows,
+        tokenizer,
+        tmp_path / "stm",
+        keywords,
+        max_steps=1,
+        stm_threshold=threshold or some,
+        **options,
     )
     trainer.train()
     text = (tmp_path / "stm" / "stm.json").read_text()
@@ -569,8 +632,7 @@ def test_receipt_is_complete_and_consistent(threshold, tokenizer, make_model, tm
     assert receipt["masked_fraction"] == receipt["masked_tokens"] / receipt["label_tokens"]
     assert receipt["unscored_label_tokens"] == 0
     assert receipt["rows_without_kept_tokens"] == sum(
-        any(l != IGNORE for l in row["labels"]) and all(l == IGNORE for l in new)
-        for row, new in zip(plain, masked, strict=True)
+        {*row["labels"]} != {IGNORE} and {*new} == {IGNORE} for row, new in zip(plain, masked, strict=True)
     )
     assert receipt["stop_tokens_masked_fraction"] == receipt["stop_tokens_masked"] / receipt["stop_tokens"]
     assert receipt["dtype"] == ["torch.float32"]
@@ -597,7 +659,13 @@ def test_rows_without_kept_tokens_are_counted_and_trained(tokenizer, make_model,
     assert_margin(scores_of(nll), math.log(threshold))
     with caplog.at_level("INFO", logger="stm_plugin"):
         trainer = stm_trainer(
-            make_model(), rows, tokenizer, tmp_path, stm_threshold=threshold, max_length=None, per_device_train_batch_size=1
+            make_model(),
+            rows,
+            tokenizer,
+            tmp_path,
+            stm_threshold=threshold,
+            max_length=None,
+            per_device_train_batch_size=1,
         )
         trainer.train()
     receipt = json.loads((tmp_path / "stm.json").read_text())

@@ -6,10 +6,12 @@ import gc
 import json
 import math
 import weakref
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -54,7 +56,13 @@ def _check(trainer, model, plain, tolerance=5e-5):
 
 def _train(model, rows, tokenizer, folder, trainer=None, **options):
     made = stm_trainer(
-        model, rows, tokenizer, folder, trainer, trainer_class=RecordingSTM, **{"max_length": None, "max_steps": 2} | options
+        model,
+        rows,
+        tokenizer,
+        folder,
+        trainer,
+        trainer_class=RecordingSTM,
+        **{"max_length": None, "max_steps": 2} | options,
     )
     made.train()
     return made
@@ -97,7 +105,7 @@ def test_initial_scores_are_those_of_the_start(lora, tokenizer, make_model, chat
     ids=str,
 )
 def test_a_loaded_adapter_counts(options, given, tokenizer, make_model, chats, tmp_path):
-    """Further training of an adapter: the scores are base plus adapter. Those of the base alone would mask other tokens."""
+    """Further training of an adapter: scores are base plus adapter; the base alone would mask other tokens."""
     plain = _plain_rows(tokenizer, make_model, chats, tmp_path)
     adapted = _adapter(make_model(), **options)
     if "modules_to_save" in options:
@@ -156,6 +164,37 @@ def test_model_given_as_path(kind, tokenizer, make_model, chats, tmp_path):
     _check(trainer, make_model(), plain)
     by_object = _train(make_model(), chats, tokenizer, tmp_path / "object", stm_threshold=threshold)
     assert trainer._stm_run.key == by_object._stm_run.key
+
+
+def test_adapter_of_the_head(tokenizer, make_model, chats, tmp_path):
+    if Version(version("trl")) >= Version("1.15"):
+        pytest.skip("TRL 1.15 and newer refuse an adapter on lm_head")
+    plain = _plain_rows(tokenizer, make_model, chats, tmp_path)
+    model = _adapter(make_model(), target_modules=["lm_head", "q_proj"])
+    threshold = threshold_between(oracle_nll(plain, model))
+    model.__dict__.pop("_oracle")
+    start = copy.deepcopy(model)
+    trainer = _train(model, chats, tokenizer, tmp_path, stm_threshold=threshold, loss_type="nll")
+    _check(trainer, start, plain, tolerance=1e-4)
+
+
+def test_vision_language_model_on_text(tokenizer, make_model, chats, tmp_path):
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    def make():
+        torch.manual_seed(0)
+        small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        vision = CLIPVisionConfig(image_size=8, patch_size=4, **small)
+        text = make_model().config
+        return LlavaForConditionalGeneration(
+            LlavaConfig(text_config=text, vision_config=vision, image_token_index=319)
+        )
+
+    plain = _plain_rows(tokenizer, make_model, chats, tmp_path)
+    threshold = threshold_between(oracle_nll(plain, make()))
+    for name, keywords in {"full": {}, "lora": {"peft_config": LoraConfig(r=4, target_modules=["q_proj"])}}.items():
+        trainer = _train(make(), chats, tokenizer, tmp_path / name, keywords, stm_threshold=threshold)
+        _check(trainer, make(), plain)
 
 
 def test_tied_embeddings(tokenizer, make_model, chats, tmp_path):
@@ -245,7 +284,13 @@ def test_model_in_bfloat16(bf16, tokenizer, make_model, chats, tmp_path):
     expected = scores_of(oracle_nll(plain, logits_of=logits))
     exact = scores_of(oracle_nll(plain, make_model()))
     trainer = _train(
-        make_model().to(torch.bfloat16), chats, tokenizer, tmp_path, stm_threshold=1500.0, bf16=bf16, stm_tokens_per_batch=1
+        make_model().to(torch.bfloat16),
+        chats,
+        tokenizer,
+        tmp_path,
+        stm_threshold=1500.0,
+        bf16=bf16,
+        stm_tokens_per_batch=1,
     )
     assert np.abs(exact - expected).mean() > 0.005
     assert np.abs(_scores(trainer) - expected).mean() < np.abs(exact - expected).mean() / 10
@@ -363,7 +408,7 @@ def test_qlora_scores_are_those_of_the_quantized_model(
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_qlora_without_masks_is_sft_bit_for_bit(bf16, saved_model, tokenizer, chats, tmp_path):
-    """Scoring leaves no trace in the quantized base: bitsandbytes packs 4-bit weights anew in an eval-mode forward on CPUs."""
+    """Scoring leaves no trace in the base, though bitsandbytes packs 4-bit weights anew in eval mode on CPUs."""
     runs = []
     for make, recording in ((plain_trainer, RecordingSFT), (stm_trainer, RecordingSTM)):
         torch.manual_seed(0)
@@ -402,7 +447,9 @@ def test_qlora_second_seed_finds_the_scores(saved_model, tokenizer, chats, tmp_p
 
 def test_qlora_key_knows_how_it_is_quantized(saved_model, tokenizer, chats, tmp_path):
     keys = set()
-    for index, config in enumerate([None, _quantization(), _quantization(torch.bfloat16), _quantization(double=False)]):
+    for index, config in enumerate(
+        [None, _quantization(), _quantization(torch.bfloat16), _quantization(double=False)]
+    ):
         keywords = {"peft_config": LoraConfig(**LORA), "quantization_config": config}
         trainer = stm_trainer(
             saved_model, chats, tokenizer, tmp_path / str(index), keywords, stm_threshold=1500.0, max_steps=1
@@ -429,7 +476,14 @@ def test_reference_scores_are_the_references(kind, reference, tokenizer, make_mo
     threshold = threshold_between(oracle_nll(plain, other))
     keywords = {"peft_config": LoraConfig(**LORA)} if kind == "lora" else {}
     trainer = _train(
-        make_model(), chats, tokenizer, tmp_path, keywords, stm_threshold=threshold, stm_reference=reference, bf16=False
+        make_model(),
+        chats,
+        tokenizer,
+        tmp_path,
+        keywords,
+        stm_threshold=threshold,
+        stm_reference=reference,
+        bf16=False,
     )
     _check(trainer, other, plain)
     of_start = masked_rows(plain, oracle_nll(plain, make_model()), math.log(threshold))
@@ -490,7 +544,7 @@ def test_reference_in_four_bits(saved_model, tokenizer, make_model, chats, tmp_p
 
 
 def test_config_with_reference_kwargs_is_json(tmp_path):
-    """TensorBoard and W&B write the config as JSON when training begins; dtypes and quantization are what it is made for."""
+    """TensorBoard writes the config as JSON when training begins."""
     from trl_helpers import stm_config
 
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -527,7 +581,14 @@ def test_reference_is_freed_before_the_first_step(reference, tokenizer, make_mod
 
 def test_reference_leaves_the_model_in_training_alone(reference, tokenizer, make_model, chats, tmp_path):
     trainer = stm_trainer(
-        make_model(), chats, tokenizer, tmp_path, stm_threshold=1500.0, stm_reference=reference, max_steps=1, learning_rate=0.0
+        make_model(),
+        chats,
+        tokenizer,
+        tmp_path,
+        stm_threshold=1500.0,
+        stm_reference=reference,
+        max_steps=1,
+        learning_rate=0.0,
     )
     with CountTokens(trainer.model) as count:
         trainer.train()
@@ -583,7 +644,7 @@ def test_reference_that_cannot_be_loaded(broken, reference, tokenizer, make_mode
         file.unlink()
     model = make_model()
     before = weights(model)
-    with pytest.raises(ValueError, match="stm_reference='.*' is neither 'initial' nor a model that can be loaded"):
+    with pytest.raises(ValueError, match=r"stm_reference='.*' is neither 'initial' nor a model that can be loaded"):
         stm_trainer(model, chats, tokenizer, tmp_path, stm_threshold=1500.0, stm_reference=name, max_steps=1).train()
     assert same_bits(before, weights(model))
 
@@ -591,8 +652,8 @@ def test_reference_that_cannot_be_loaded(broken, reference, tokenizer, make_mode
 def test_float64_oracle_is_the_models_own_loss(tokenizer, make_model, chats, tmp_path):
     """The oracle itself, against the loss that transformers computes."""
     row = _plain_rows(tokenizer, make_model, chats, tmp_path)[0]
-    loss = make_model().double()(
-        input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])
-    ).loss
-    assert float(loss) == pytest.approx(scores_of(oracle_nll([row], make_model())).mean(), rel=1e-6)  # transformers casts logits to float32
+    loss = make_model().double()(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
+    assert float(loss) == pytest.approx(
+        scores_of(oracle_nll([row], make_model())).mean(), rel=1e-6
+    )  # transformers casts logits to float32
     assert float64_logits(make_model(), row["input_ids"]).dtype == torch.float64

@@ -1,4 +1,4 @@
-"""What cannot be masked exactly is refused before the first step, with the weights as they were and a message that helps."""
+"""What cannot be masked exactly is refused before the first step, weights as they were, with a message that helps."""
 
 import copy
 import json
@@ -77,9 +77,15 @@ def test_vision_data(tokenizer, tmp_path):
     )
     images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     processor = LlavaProcessor(
-        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", chat_template=tokenizer.chat_template
+        images,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        chat_template=tokenizer.chat_template,
     )
-    rows = [{"image": Image.new("RGB", (8, 8)), "prompt": "<image> What?", "completion": f"Number {i}."} for i in range(4)]
+    rows = [
+        {"image": Image.new("RGB", (8, 8)), "prompt": "<image> What?", "completion": f"Number {i}."} for i in range(4)
+    ]
     message = _refused("vision data", model, rows, processor, tmp_path, max_length=None)
     assert "SFTTrainer" in message
 
@@ -150,7 +156,9 @@ def test_missing_values(tokenizer, make_model, tmp_path):
 
 
 def test_no_label_token_at_all(tokenizer, make_model, tmp_path):
-    rows = [{"input_ids": row["input_ids"], "labels": [IGNORE] * len(row["input_ids"])} for row in label_rows(tokenizer)]
+    rows = [
+        {"input_ids": row["input_ids"], "labels": [IGNORE] * len(row["input_ids"])} for row in label_rows(tokenizer)
+    ]
     rows[0]["labels"][0] = rows[0]["input_ids"][0]  # at position 0, where nothing predicts it
     message = _refused("no label token", make_model(), rows, tokenizer, tmp_path, max_length=None)
     assert "chat template" in message
@@ -182,7 +190,9 @@ def test_every_label_above_the_threshold(strategy, tokenizer, make_model, chats,
     assert 0.15 < json.loads((tmp_path / "next" / "stm.json").read_text())["masked_fraction"] <= 0.23
 
 
-@pytest.mark.parametrize("options", [{"stm_threshold": 1500.0}, {"stm_mask_fraction": 0.2, "stm_threshold": None}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"stm_threshold": 1500.0}, {"stm_mask_fraction": 0.2, "stm_threshold": None}], ids=str
+)
 @pytest.mark.parametrize("where", ["head", "layer"])
 def test_weights_with_nan(where, options, tokenizer, make_model, chats, tmp_path):
     model = make_model()
@@ -486,7 +496,13 @@ def test_options_are_checked_when_the_config_is_made_and_again_when_training_sta
 def test_an_error_in_training_does_not_leave_half_a_state(tokenizer, make_model, chats, tmp_path):
     """After a refusal the same trainer, put right, trains as if nothing had happened."""
     trainer = stm_trainer(
-        make_model(), chats, tokenizer, tmp_path, {"peft_config": LoraConfig(r=4)}, trainer_class=RecordingSTM, stm_threshold=1.5
+        make_model(),
+        chats,
+        tokenizer,
+        tmp_path,
+        {"peft_config": LoraConfig(r=4)},
+        trainer_class=RecordingSTM,
+        stm_threshold=1.5,
     )
     with pytest.raises(ValueError, match="smallest perplexity"):
         trainer.train()
@@ -494,7 +510,13 @@ def test_an_error_in_training_does_not_leave_half_a_state(tokenizer, make_model,
     trainer.train()
     torch.manual_seed(0)
     other = stm_trainer(
-        make_model(), chats, tokenizer, tmp_path, {"peft_config": LoraConfig(r=4)}, trainer_class=RecordingSTM, stm_threshold=1500.0
+        make_model(),
+        chats,
+        tokenizer,
+        tmp_path,
+        {"peft_config": LoraConfig(r=4)},
+        trainer_class=RecordingSTM,
+        stm_threshold=1500.0,
     )
     other.train()
     assert trainer.train_dataset["labels"][:] == other.train_dataset["labels"][:]

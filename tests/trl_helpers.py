@@ -1,17 +1,15 @@
-"""What the tests of the TRL trainer share: small set-ups, a trainer that records, and an oracle that shares no code."""
+"""What the tests of the TRL trainer share: set-ups, a trainer that records, and an oracle that shares no code."""
 
 import copy
 import gc
 import hashlib
+import itertools
 import math
 
+import datasets
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch", reason="torch is not installed")
-pytest.importorskip("trl", reason="trl is not installed")
-
-import datasets
+import torch
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -196,7 +194,7 @@ def scores_of(nll):
 
 
 def threshold_between(nll, share=0.3, margin=MARGIN):
-    """A perplexity that masks about a share of the tokens, in the widest gap of the scores near there; asserts margin."""
+    """A perplexity that masks about a share of the tokens, in the widest gap of scores there; asserts margin."""
     flat = np.sort(scores_of(nll))
     at = int(len(flat) * (1 - share))
     low, high = max(1, at - len(flat) // 10), min(len(flat) - 1, at + len(flat) // 10)
@@ -215,7 +213,10 @@ def assert_margin(flat, nats, margin=MARGIN):
 def masked_rows(dataset, nll, nats):
     """The oracle's final labels of `strategy=high`."""
     return [
-        [IGNORE if not math.isnan(value) and value > nats else label for label, value in zip(_labels(row), values, strict=True)]
+        [
+            IGNORE if not math.isnan(value) and value > nats else label
+            for label, value in zip(_labels(row), values, strict=True)
+        ]
         for row, values in zip(dataset, nll, strict=True)
     ]
 
@@ -235,13 +236,13 @@ def oracle_digest(dataset, labels):
 
 
 def kept_gradient(model, documents):
-    """Gradient of `sum of kept nll / max(1, number kept)` over documents of (ids, labels), in float64, by plain autograd.
+    """Gradient of `sum of kept nll / max(1, number kept)` over documents of (ids, labels), in float64.
 
     Works on a float64 copy; `-100` at position 0 or a label there counts for nothing.
     """
     double = copy.deepcopy(model).double().eval()
     double.zero_grad()
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64), 0
     for ids, labels in documents:
         positions = [t for t in range(1, len(ids)) if labels[t] != IGNORE]
         if not positions:
@@ -255,7 +256,7 @@ def kept_gradient(model, documents):
         name: parameter.grad.detach() if parameter.grad is not None else torch.zeros_like(parameter)
         for name, parameter in double.named_parameters()
         if parameter.requires_grad
-    }, float(total) / max(1, count)
+    }, float(total.detach()) / max(1, count)
 
 
 def documents_of_batches(batches):
@@ -270,7 +271,7 @@ def documents_of_batches(batches):
         else:
             ids, labels, positions = (batch[k].flatten().tolist() for k in ("input_ids", "labels", "position_ids"))
             starts = [i for i, p in enumerate(positions) if p == 0] + [len(ids)]
-            documents += [(ids[a:b], labels[a:b]) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+            documents += [(ids[a:b], labels[a:b]) for a, b in itertools.pairwise(starts)]
     return documents
 
 
@@ -296,7 +297,9 @@ def label_rows(tokenizer, count=8, seed=0):
         ids = draw.integers(3, len(tokenizer), size=10 + 3 * (i % 5)).tolist()
         on = draw.random(len(ids)) < 0.6
         on[0], on[-1] = i % 2 == 0, True
-        rows.append({"input_ids": ids, "labels": [token if flag else IGNORE for token, flag in zip(ids, on, strict=True)]})
+        rows.append(
+            {"input_ids": ids, "labels": [token if flag else IGNORE for token, flag in zip(ids, on, strict=True)]}
+        )
     return rows
 
 

@@ -1,0 +1,28 @@
+"""The 24 prompts on which the demo measures drift: everyday questions, none of them about code."""
+
+GENERAL_PROMPTS = (
+    "What is the capital of France, and what is the city known for?",
+    "Explain to a ten-year-old why the sky is blue.",
+    "Give me a simple recipe for tomato soup.",
+    "Write a short thank-you letter to a neighbour who looked after my cat.",
+    "Who was Marie Curie?",
+    "How can I fall asleep faster at night?",
+    "Summarize the story of Romeo and Juliet in three sentences.",
+    "What are the main causes of the First World War?",
+    "Suggest three places to visit in Japan and say why.",
+    "I feel nervous before a job interview. What should I do?",
+    "How do plants make their food?",
+    "Write a four-line poem about autumn.",
+    "What is the difference between a virus and a bacterium?",
+    "How do I remove a coffee stain from a white shirt?",
+    "Name three renewable sources of energy and one drawback of each.",
+    "Tell me a short story about a lighthouse keeper and a whale.",
+    "What should I pack for a weekend of hiking in the mountains?",
+    "How does a bill become a law in the United States?",
+    "A train covers 180 kilometres in two hours. What is its average speed?",
+    "Describe the taste of a mango to someone who has never eaten one.",
+    "Why do cats purr?",
+    "Write an invitation to a child's birthday party on Saturday afternoon.",
+    "What are the benefits of learning to play a musical instrument?",
+    "My tomato plants have yellow leaves. What could be the reason?",
+)

@@ -1,0 +1,197 @@
+"""How far a tuned model's next-token distributions are from the initial model's, on the initial model's answers.
+
+Drift is the mean of `KL(initial || tuned)` in nats per token. Measured on prompts that have nothing to do with the
+training data, it needs no benchmark and sees change long before an accuracy does.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_POSITIONS_PER_CHUNK = 256
+"""Positions whose two full float64 distributions are in memory at once."""
+
+
+class TokenRow(NamedTuple):
+    """A prompt and an answer as token ids.
+
+    Attributes:
+        input_ids: Prompt and answer, unpadded.
+        num_prompt_tokens: How many of the ids are prompt, at least 1.
+    """
+
+    input_ids: list[int]
+    num_prompt_tokens: int
+
+
+class RowDrift(NamedTuple):
+    """Drift of one row.
+
+    Attributes:
+        sum_nats: Sum of `KL(initial || tuned)` over the row's answer tokens, in nats.
+        num_tokens: How many answer tokens that are.
+    """
+
+    sum_nats: float
+    num_tokens: int
+
+
+class Drift(NamedTuple):
+    """Drift over a set of rows.
+
+    Attributes:
+        rows: One entry for each row, in the order given.
+    """
+
+    rows: list[RowDrift]
+
+    @property
+    def sum_nats(self) -> float:
+        """Sum over all answer tokens, in nats."""
+        return sum(row.sum_nats for row in self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of answer tokens."""
+        return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def mean(self) -> float:
+        """Nats per token, pooled over all rows: the sum over the count."""
+        return self.sum_nats / self.num_tokens
+
+
+def greedy_answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = 8,
+) -> list[TokenRow]:
+    """Lets a model answer prompts greedily.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer. With a chat template, each prompt becomes a user's message; without one, it is
+            continued as plain text.
+        prompts: The prompts.
+        max_new_tokens: Longest answer, in tokens. An answer ends with its end-of-turn token if it gets that far.
+        batch_size: How many prompts go through the model at once (left-padded).
+
+    Returns:
+        One row for each prompt, in order.
+    """
+    import torch
+
+    prompt_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    stop_ids = _stop_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    rows: list[TokenRow] = []
+    with _eval_mode(model), torch.no_grad():
+        for start in range(0, len(prompt_ids), batch_size):
+            batch = prompt_ids[start : start + batch_size]
+            width = max(map(len, batch))
+            padded = [[pad_id] * (width - len(ids)) + ids for ids in batch]
+            mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in batch]
+            output = model.generate(
+                input_ids=torch.tensor(padded, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stop_ids,
+                pad_token_id=pad_id,
+            )
+            for ids, answer in zip(batch, output[:, width:].tolist(), strict=True):
+                stop = next((i + 1 for i, token in enumerate(answer) if token in stop_ids), len(answer))
+                rows.append(TokenRow(ids + answer[:stop], len(ids)))
+    return rows
+
+
+def measure_drift(initial: "PreTrainedModel", tuned: "PreTrainedModel", rows: Sequence[TokenRow]) -> Drift:
+    """Measures `KL(initial || tuned)` at every answer token of `rows`.
+
+    With `p, q = initial(ids).logits.softmax(-1), tuned(ids).logits.softmax(-1)`, a row adds
+    `(p * (p.log() - q.log())).sum(-1)` at the positions that predict its answer. The rows go through the models one
+    by one, so no padding takes part; the softmax and the sum are in float64.
+
+    Args:
+        initial: The model before training.
+        tuned: The model after training, with the same vocabulary; adapters are used as they stand.
+        rows: Prompts with answers, each with at least one answer token.
+
+    Returns:
+        Sums and counts for each row.
+
+    Raises:
+        ValueError: There are no rows, or a row has no prompt or no answer.
+    """
+    import torch
+
+    if not rows:
+        raise ValueError("drift needs at least one row, got none.")
+    for index, row in enumerate(rows):
+        if not 1 <= row.num_prompt_tokens < len(row.input_ids):
+            raise ValueError(
+                f"row {index} has {row.num_prompt_tokens} prompt tokens of {len(row.input_ids)}; drift needs at least "
+                "one prompt token and one answer token."
+            )
+    with _eval_mode(initial), _eval_mode(tuned), torch.no_grad():
+        return Drift([_row_drift(initial, tuned, row) for row in rows])
+
+
+def _row_drift(initial: "PreTrainedModel", tuned: "PreTrainedModel", row: TokenRow) -> RowDrift:
+    """Sums the KL divergence over one row's answer."""
+    initial_logits = _answer_logits(initial, row)
+    tuned_logits = _answer_logits(tuned, row).to(initial_logits.device)
+    sum_nats = 0.0
+    for start in range(0, len(initial_logits), _POSITIONS_PER_CHUNK):
+        chunk = slice(start, start + _POSITIONS_PER_CHUNK)
+        initial_log_probs = initial_logits[chunk].double().log_softmax(-1)
+        tuned_log_probs = tuned_logits[chunk].double().log_softmax(-1)
+        kl = (initial_log_probs.exp() * (initial_log_probs - tuned_log_probs)).sum(-1)
+        sum_nats += kl.sum().item()
+    return RowDrift(sum_nats, len(initial_logits))
+
+
+def _answer_logits(model: "PreTrainedModel", row: TokenRow) -> "Tensor":
+    """Logits that predict the answer: shape (answer tokens, vocabulary)."""
+    import torch
+
+    input_ids = torch.tensor([row.input_ids], device=model.device)
+    logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits[0, row.num_prompt_tokens - 1 : -1]
+
+
+def _prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
+    """Token ids of a prompt, up to where the model starts to answer."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Ids that end an answer: those of the generation config, or else the tokenizer's."""
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("neither the model's generation config nor the tokenizer names an end-of-turn token.")
+    return [eos] if isinstance(eos, int) else list(eos)
+
+
+@contextmanager
+def _eval_mode(model: "PreTrainedModel") -> Iterator[None]:
+    """Switches dropout off, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
