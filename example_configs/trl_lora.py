@@ -1,8 +1,9 @@
 """LoRA with Selective Token Masking, from TRL.
 
-Run: python trl_lora.py MODEL CHATS.jsonl      (each line {"prompt": [...], "completion": [...]} or {"messages": [...]})
-Hyper-parameters: the paper's STM script (LoRA r 16, alpha 32, dropout 0.05, all linear layers; lr 2e-5, cosine, 20 warm-up
-steps, batch 1, 3 epochs, 512 tokens).
+Run: python trl_lora.py MODEL CHATS.jsonl
+Each line of the chats is {"prompt": [...], "completion": [...]}; the loss is on the completion.
+Hyper-parameters: the paper's STM script (LoRA r 16, alpha 32, dropout 0.05, all linear layers; lr 2e-5, cosine, 20
+warm-up steps, batch 1, 3 epochs, 512 tokens).
 """
 
 import sys

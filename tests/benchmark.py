@@ -1,7 +1,8 @@
 """Time and memory of STM beside plain SFT, and throughput of scoring beside its floor; prints a table, writes JSON.
 
-Needs the `demo` extra. `nox -s benchmark` runs it in an environment of its own. Figures are medians; the two sides of each
-pair take turns, so that a machine whose speed drifts does both the same. Machine, versions and commit go into the JSON.
+Needs the `demo` extra. `nox -s benchmark` runs it in an environment of its own. Figures are medians; the two sides of
+each pair take turns, so that a machine whose speed drifts does both the same. Machine, versions and commit go into the
+JSON.
 """
 
 import argparse

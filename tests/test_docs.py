@@ -71,8 +71,8 @@ def test_example_script(workplace, script):
     outcome = run(workplace, script, "model", "chats.jsonl")
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert "STM is on" in outcome.stderr
-    receipts = [path for path in workplace.glob("stm-*/stm.json")]
-    assert json.loads(receipts[0].read_text())["threshold"] == 2.5
+    (receipt,) = workplace.glob("stm-*/stm.json")
+    assert json.loads(receipt.read_text())["threshold"] == 2.5
 
 
 @pytest.mark.parametrize("config", sorted(EXAMPLES.glob("sft_*.yaml")), ids=lambda path: path.name)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -382,9 +382,21 @@ def ia3(model, part=None):
     return adapted if part is None else stirred(adapted, part)
 
 
-def loha(model):
+def loha(model, **settings):
     torch.manual_seed(0)
-    return stirred(get_peft_model(model, LoHaConfig(r=2, target_modules=["q_proj"])).eval(), ".hada_w2_b.")
+    config = LoHaConfig(**{"r": 2, "target_modules": ["q_proj"]} | settings)
+    return stirred(get_peft_model(model, config).eval(), ".hada_w2_b.")
+
+
+def adalora(model, **settings):
+    torch.manual_seed(0)
+    config = AdaLoraConfig(**{"target_modules": ["q_proj"], "total_step": 10, "tinit": 1, "tfinal": 1} | settings)
+    return stirred(get_peft_model(model, config).eval(), ".lora_E.")
+
+
+def with_second_head(model):
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    return stirred(model, ".modules_to_save.second.")
 
 
 STATES = {
@@ -430,7 +442,18 @@ STATES = {
     "ia3 disabled": lambda: on(ia3(llama(), "ia3_l"), ("base_model.disable_adapter_layers",)),
     "ia3 merged": lambda: on(ia3(llama(), "ia3_l"), ("merge_adapter",)),
     "loha": lambda: loha(llama()),
+    "loha, alpha": lambda: loha(llama(), alpha=32),
+    "loha, not active": lambda: on(
+        loha(llama()), ("add_adapter", "second", LoHaConfig(r=2, target_modules=["k_proj"])), ("set_adapter", "second")
+    ),
     "loha disabled": lambda: on(loha(llama()), ("base_model.disable_adapter_layers",)),
+    "adalora": lambda: adalora(llama()),
+    "adalora, alpha": lambda: adalora(llama(), lora_alpha=32),
+    "adalora disabled": lambda: on(adalora(llama()), ("base_model.disable_adapter_layers",)),
+    "two heads, first": lambda: with_second_head(lora(llama(), modules_to_save=["lm_head"])),
+    "two heads, second": lambda: on(
+        with_second_head(lora(llama(), modules_to_save=["lm_head"])), ("set_adapter", "second")
+    ),
 }
 
 
@@ -475,16 +498,20 @@ def test_the_logits_of_the_states_do_differ(states):
     """The test above would be blind if a stirred adapter did nothing."""
     for name in ("lora", "lora, alpha", "two loras, both", "dora", "head changed", "norm changed", "tokens changed"):
         assert (states[name][1] - states["base"][1]).abs().max() > 0.01, name
-    for name in ("embedding lora, changed", "ia3", "loha"):
+    for name in ("embedding lora, changed", "ia3", "loha", "adalora", "two heads, second"):
         assert (states[name][1] - states["base"][1]).abs().max() > 0.01, name
-    assert (states["lora, alpha"][1] - states["lora"][1]).abs().max() > 0.01
+    for name in ("lora", "loha", "adalora"):
+        assert (states[f"{name}, alpha"][1] - states[name][1]).abs().max() > 0.01, name
 
 
 def test_effective_tensors_are_named_as_without_adapters():
-    plain = {name: tensor.data_ptr() for name, tensor in effective_tensors(llama())}
+    """Each once: of a module saved with an adapter, the copy in use and not the original as well."""
+    plain = [name for name, _ in effective_tensors(llama())]
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"} <= set(plain)
     assert any("inv_freq" in name for name in plain)
-    assert {name for name, _ in effective_tensors(lora(llama(), modules_to_save=["lm_head"]))} == set(plain)
+    adapted = lora(llama(), modules_to_save=["lm_head"])
+    assert sorted(name for name, _ in effective_tensors(adapted)) == sorted(plain)
+    assert len(set(plain)) == len(plain)
 
 
 def test_hashing_leaves_the_model_as_it_was():

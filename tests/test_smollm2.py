@@ -1,7 +1,7 @@
 """The real instruct model on the real data, against figures that were computed independently of this project.
 
-SmolLM2-135M-Instruct, float32, the first 40 MBPP training rows cut at 512 tokens: 2,863 label tokens in assistant turns;
-share above 1.5 / 2 / 2.5 / 3 / 10 / 1000: 47.1 / 37.4 / 33.1 / 30.2 / 19.8 / 4.5 %.
+SmolLM2-135M-Instruct, float32, the first 40 MBPP training rows cut at 512 tokens: 2,863 label tokens in assistant
+turns; share above 1.5 / 2 / 2.5 / 3 / 10 / 1000: 47.1 / 37.4 / 33.1 / 30.2 / 19.8 / 4.5 %.
 """
 
 import json
@@ -24,6 +24,12 @@ def smollm2():
     return str(find_model().path)
 
 
+@pytest.fixture(scope="module")
+def scores_dir(tmp_path_factory):
+    """One store for both: packed or not, the same scores are found."""
+    return str(tmp_path_factory.mktemp("scores"))
+
+
 @pytest.fixture(scope="session")
 def converted_tokenizer(smollm2):
     """SmolLM2's tokenizer as the figures had it: converted from GGUF without the model's own splitting of digits.
@@ -39,8 +45,9 @@ def converted_tokenizer(smollm2):
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "bfd"])
-def test_masked_shares_of_mbpp(tmp_path, smollm2, converted_tokenizer, mbpp, packing):
+def test_masked_shares_of_mbpp(tmp_path, scores_dir, smollm2, converted_tokenizer, mbpp, packing):
     from datasets import Dataset
+    from peft import LoraConfig
 
     from stm_plugin import STMSFTConfig, STMSFTTrainer
 
@@ -56,10 +63,15 @@ def test_masked_shares_of_mbpp(tmp_path, smollm2, converted_tokenizer, mbpp, pac
         bf16=False,
         use_cpu=True,
         report_to=[],
+        stm_scores_dir=scores_dir,
         save_strategy="no",
     )
     trainer = STMSFTTrainer(
-        smollm2, config, train_dataset=Dataset.from_list(rows), processing_class=converted_tokenizer
+        smollm2,
+        config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=converted_tokenizer,
+        peft_config=LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
     )
     for threshold, share in SHARES.items():
         config.stm_threshold = threshold

@@ -216,6 +216,24 @@ def test_shards_that_do_not_add_up_are_refused(store, entry):
     refused(store, "its shards hold 0 scores, expected 1000")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x93NUMPY", b"PK\x05\x06" + bytes(18), b"PK\x03\x04", b"\0" * 4128],
+    ids=["empty", "magic alone", "empty archive", "archive cut short", "zeros"],
+)
+def test_a_shard_that_is_no_array_is_refused(store, entry, content):
+    """With the checksums to match, so that what reads the array has to tell."""
+    import xxhash
+
+    (entry / SHARD).write_bytes(content)
+
+    def change(manifest):
+        manifest["shards"][0]["xxh3_128"] = xxhash.xxh3_128(content).hexdigest()
+
+    forge(entry, change)
+    refused(store, SHARD)
+
+
 def test_nothing_is_unpickled(store, entry, tmp_path):
     """A shard that is an object array, with the checksums to match, runs no code and yields no scores."""
     import xxhash
@@ -286,7 +304,8 @@ def test_a_killed_writer_leaves_no_entry(tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
-        "ScoreStore(sys.argv[1]).write(ScoresKey('aa11', 'none', 'torch.float32', 'torch.bfloat16', 'bb22'), np.ones(1000, 'f4'))\n"
+        "key = ScoresKey('aa11', 'none', 'torch.float32', 'torch.bfloat16', 'bb22')\n"
+        "ScoreStore(sys.argv[1]).write(key, np.ones(1000, 'f4'))\n"
     )
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=root, capture_output=True)
@@ -362,7 +381,8 @@ def test_writers_in_two_processes(store):
         "from stm_plugin.store import ScoreStore, ScoresKey\n"
         "scores = np.random.default_rng(int(sys.argv[2])).exponential(size=1000).astype(np.float32)\n"
         "sys.stdin.readline()\n"
-        "print(ScoreStore(sys.argv[1]).write(ScoresKey('aa11', 'none', 'torch.float32', 'torch.bfloat16', 'bb22'), scores))\n"
+        "key = ScoresKey('aa11', 'none', 'torch.float32', 'torch.bfloat16', 'bb22')\n"
+        "print(ScoreStore(sys.argv[1]).write(key, scores))\n"
     )
     root = Path(__file__).resolve().parents[1]
     writers = [

@@ -1,4 +1,4 @@
-"""Bit for bit `SFTTrainer` where nothing is masked; randomness left alone; exact losses and gradients where some is."""
+"""Bit for bit `SFTTrainer` where nothing is masked; randomness left alone; exact losses and gradients otherwise."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import LoraConfig
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from trl_helpers import (
     IGNORE,
     CountTokens,
@@ -372,21 +372,48 @@ def test_packed_loss_is_that_of_each_document_alone(strategy, tokenizer, make_mo
 
 
 class _NoLossArguments(LlamaForCausalLM):
-    """A model whose loss takes no count of tokens, like many older architectures."""
+    """A model whose loss takes no count of tokens, as Gemma 3's and Qwen 2.5's with vision do not."""
 
     accepts_loss_kwargs = False
 
 
+def _gpt2(tokenizer):
+    """A model whose class does not say `ForCausalLM`: transformers counts labels at position 0 for it, too."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            initializer_range=0.3,
+            resid_pdrop=0.0,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_normalization_says_what_the_gradient_is(loss_type, tokenizer, make_model, tmp_path):
-    """Where the host averages over micro-batches, STM makes the gradient global, refuses, or does not claim it."""
-    rows, masked, threshold = _with_empty_rows(tokenizer, make_model)
-    model = _NoLossArguments(make_model().config)
-    model.load_state_dict(make_model().state_dict())
-    expected, _ = kept_gradient(make_model(), [(row["input_ids"], new) for row, new in zip(rows, masked, strict=True)])
+@pytest.mark.parametrize("kind", ["no loss arguments", "gpt2"])
+def test_normalization_says_what_the_gradient_is(kind, loss_type, tokenizer, make_model, tmp_path):
+    """Whatever the host's switches are for a model: where the receipt says `global`, the gradient is."""
+
+    def make():
+        if kind == "gpt2":
+            return _gpt2(tokenizer)
+        model = _NoLossArguments(make_model().config)
+        model.load_state_dict(make_model().state_dict())
+        return model
+
+    rows, masked, threshold = _with_empty_rows(tokenizer, make)
+    assert any(labels[0] != IGNORE for labels in masked), "no row trains its position 0"
+    expected, loss = kept_gradient(make(), [(row["input_ids"], new) for row, new in zip(rows, masked, strict=True)])
     try:
         trainer = stm_trainer(
-            model,
+            make(),
             rows,
             tokenizer,
             tmp_path,
@@ -401,8 +428,11 @@ def test_normalization_says_what_the_gradient_is(loss_type, tokenizer, make_mode
         trainer.train()
     except ValueError:
         return
+    assert all(math.isfinite(value) for value in trainer.losses), "a micro-batch with nothing kept is no zero"
+    assert 0.0 in trainer.losses
     if json.loads((tmp_path / "stm.json").read_text())["normalization"] == "global":
         _assert_same_gradient(trainer.gradients[0], expected)
+        assert sum(trainer.losses) == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -428,12 +458,14 @@ def test_router_loss_stays_where_nothing_is_kept(loss_type, tokenizer, make_mode
             )
         )
 
+    def logits(ids):  # in float32, since torch has no grouped matrix product of experts in float64
+        with torch.no_grad():
+            return make().eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
     rows = label_rows(tokenizer, 2)
-    nats = math.log(threshold_between(oracle_nll(rows, make())))
-    rows[0] = all_masked_row(
-        rows[0], lambda row: nll_of_row(row, lambda ids: float64_logits(make(), ids)), nats + 0.01
-    )
-    nll = oracle_nll(rows, make())
+    nats = math.log(threshold_between(oracle_nll(rows, logits_of=logits)))
+    rows[0] = all_masked_row(rows[0], lambda row: nll_of_row(row, logits), nats + 0.01)
+    nll = oracle_nll(rows, logits_of=logits)
     assert_margin(scores_of(nll), nats)
     trainer = stm_trainer(
         make(),

@@ -203,18 +203,23 @@ def test_another_training_set_is_masked_by_itself(nll, tokenizer, make_model, ch
     assert _receipt(tmp_path)["rows"] == 4
 
 
-@pytest.mark.parametrize("way", ["part of it in the same trainer", "in another trainer"])
+@pytest.mark.parametrize("way", ["part of it in the same trainer", "in another trainer", "packed in another trainer"])
 def test_masked_rows_are_never_masked_again(way, nll, tokenizer, make_model, chats, tmp_path):
     """Rows that carry STM's column have been masked, and what was masked can no longer be told from the prompt."""
     threshold = threshold_between(nll)
     trainer, _ = _run(make_model(), chats, tokenizer, tmp_path / "one", stm_threshold=threshold)
     rows = trainer.train_dataset.select(range(6))
-    with pytest.raises(ValueError, match="stm_masked_tokens"):
-        if way == "in another trainer":
-            stm_trainer(make_model(seed=3), rows, tokenizer, tmp_path / "two", stm_threshold=threshold).train()
-        else:
+
+    def again():
+        if way == "part of it in the same trainer":
             trainer.train_dataset = rows
             trainer.train()
+        else:
+            options = {"packing": way.startswith("packed"), "stm_threshold": threshold}
+            stm_trainer(make_model(seed=3), rows, tokenizer, tmp_path / "two", **options).train()
+
+    with pytest.raises(ValueError, match="stm_masked_tokens"):
+        again()
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -298,6 +303,44 @@ def test_search_trial_with_another_model_uses_its_own_scores(plain, tokenizer, m
     outcome = _error_of(trainer.train)
     own = masked_rows(plain, oracle_nll(plain, make_model(seed=5)), math.log(1500.0))
     assert "model" in outcome if outcome else _labels(trainer) == own
+
+
+def test_search_trial_that_runs_out_of_memory_late(nll, plain, tokenizer, make_model, chats, tmp_path):
+    """When memory ends in a later step, the loop starts anew with weights that have moved: scores stay the start's."""
+    threshold = threshold_between(nll)
+    trainer = _search_trainer(
+        make_model(), chats, tokenizer, tmp_path, stm_threshold=threshold, auto_find_batch_size=True, learning_rate=0.1
+    )
+    trainer.model_init = lambda: _fit_for_trl(make_model())
+    step, calls = trainer.training_step, []
+
+    def training_step(*args):
+        calls.append(True)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory.")
+        return step(*args)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert len(calls) > 4
+    assert _labels(trainer) == masked_rows(plain, nll, math.log(threshold))
+
+
+def test_a_reference_is_checked_for_whatever_it_scores(plain, tokenizer, make_model, chats, tmp_path):
+    """Another training set may hold tokens that the first did not: their meaning is checked, too."""
+    bigger = copy.deepcopy(tokenizer)
+    bigger.add_tokens(["<call>"])
+    size = {"vocab_size": len(bigger)}
+    make_model(seed=4, **size).save_pretrained(tmp_path / "reference")
+    tokenizer.save_pretrained(tmp_path / "reference")  # without the added token
+    trainer = stm_trainer(
+        make_model(**size), chats, bigger, tmp_path, stm_threshold=1500.0, stm_reference=str(tmp_path / "reference")
+    )
+    trainer.train()
+    rows = [{"text": f"add <call> {i}"} for i in range(6)]
+    trainer.train_dataset = plain_trainer(make_model(**size), rows, bigger, tmp_path / "other").train_dataset
+    with pytest.raises(ValueError, match="is '<call>' here and None there"):
+        trainer.train()
 
 
 def _error_of(function):
