@@ -163,7 +163,7 @@ class ScoreStore:
         if _file_hash(content) != shard["xxh3_128"]:
             raise _unusable(path, f"{shard['file']} has been altered or cut short (its checksum differs)")
         try:
-            scores = np.load(io.BytesIO(content), allow_pickle=False)
+            scores = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
         except ValueError as error:
             raise _unusable(path, f"{shard['file']} holds no array of numbers ({error})") from error
         if scores.dtype != np.float32 or scores.shape != (shard["num_scores"],):

@@ -305,13 +305,15 @@ def test_search_trial_with_another_model_uses_its_own_scores(plain, tokenizer, m
     assert "model" in outcome if outcome else _labels(trainer) == own
 
 
-def test_search_trial_that_runs_out_of_memory_late(nll, plain, tokenizer, make_model, chats, tmp_path):
+@pytest.mark.parametrize("searching", [False, True])
+def test_running_out_of_memory_late(searching, nll, plain, tokenizer, make_model, chats, tmp_path):
     """When memory ends in a later step, the loop starts anew with weights that have moved: scores stay the start's."""
     threshold = threshold_between(nll)
     trainer = _search_trainer(
         make_model(), chats, tokenizer, tmp_path, stm_threshold=threshold, auto_find_batch_size=True, learning_rate=0.1
     )
-    trainer.model_init = lambda: _fit_for_trl(make_model())
+    if searching:
+        trainer.model_init = lambda: _fit_for_trl(make_model())
     step, calls = trainer.training_step, []
 
     def training_step(*args):
