@@ -25,6 +25,14 @@ def missing_extra(package: str, extra: str) -> ImportError:
     return ImportError(f'{package} is not installed. Install it with: pip install "stm-plugin[{extra}]"')
 
 
+def counts_predicted_labels(trainer: Any) -> bool:
+    """Whether the host counts the labels that are predicted, so not those at position 0.
+
+    transformers (5.17) counts those too for models whose own loss does not shift labels, though TRL's does.
+    """
+    return bool(getattr(trainer, "_loss_shifts_labels", True))
+
+
 def repacks_weights_in_eval_mode(module: Any) -> bool:
     """Whether a forward in eval mode changes the module's weights.
 

@@ -55,6 +55,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     facts = {
         "class": type(lm).__name__,
         "config": _function_settings(lm.config.to_dict()),
+        "attention": [lm.config._attn_implementation, lm.config.get_text_config()._attn_implementation],
         "adapters": _other_adapters(model),
         "tensors": tensors,
     }

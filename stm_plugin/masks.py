@@ -100,7 +100,7 @@ def make_masks(documents: Documents, nll: np.ndarray, options: STMOptions, stop_
         candidates=candidates,
     )
     if masked_labels.all():
-        smallest = math.exp(nll.min())
+        smallest = _perplexity(nll.min())
         raise ValueError(
             f"Every one of the {len(nll)} label tokens has a perplexity above stm_threshold={options.threshold}, so "
             f"nothing is left to train on. The smallest perplexity is {smallest:.6g}; {_threshold_for_share(nll):.6g} "
@@ -120,4 +120,9 @@ def make_masks(documents: Documents, nll: np.ndarray, options: STMOptions, stop_
 
 def _threshold_for_share(nll: np.ndarray, share: float = 0.22) -> float:
     """Perplexity that masks a share of the tokens: what to suggest to a user."""
-    return math.exp(fraction_threshold_nats(nll, share))
+    return _perplexity(fraction_threshold_nats(nll, share))
+
+
+def _perplexity(nats: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.float64(nats)))

@@ -157,7 +157,7 @@ def nearest_option(name: str) -> str:
 
 def check_threshold(threshold: Any) -> None:
     """Raise ValueError unless `threshold` is a perplexity greater than 1 (`inf` included)."""
-    if _not_a(Real, threshold) or not threshold > 1:
+    if _not_a(Real, threshold) or not (threshold > 1 and _fits_a_float(threshold)):
         raise ValueError(
             f"stm_threshold must be a perplexity, a number greater than 1 (inf masks nothing), got {threshold!r}. The "
             f"paper's value is {DEFAULT_THRESHOLD}."
@@ -184,6 +184,14 @@ def check_seed(seed: Any) -> None:
     """Raise ValueError unless `seed` is an integer of 64 bits."""
     if _not_a(Integral, seed) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"stm_seed must be an integer of at most 64 bits, got {seed!r}.")
+
+
+def _fits_a_float(value: Any) -> bool:
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def _not_a(kind: type, value: Any) -> bool:

@@ -217,11 +217,18 @@ def _head_logits(lm: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tens
     The forward runs with its backbone standing aside, so that each architecture's scaling, soft-capping, bias and head
     adapter apply in its own order and dtype.
     """
-    outputs = [_BackboneOutput(last_hidden_state=hidden_states[None])]
+    output = _BackboneOutput(last_hidden_state=hidden_states[None])
+    num_calls = 0
+
+    def backbone(*args: Any, **kwargs: Any) -> _BackboneOutput:
+        nonlocal num_calls
+        num_calls += 1
+        return output
+
     token_ids = torch.zeros((1, len(hidden_states)), dtype=torch.long, device=hidden_states.device)
-    with _replaced_forward(lm.base_model, lambda *args, **kwargs: outputs.pop()):
+    with _replaced_forward(lm.base_model, backbone):
         logits: torch.Tensor = lm(input_ids=token_ids, use_cache=False, return_dict=True).logits
-    if outputs or logits.shape[:2] != token_ids.shape:
+    if num_calls != 1 or logits.shape[:2] != token_ids.shape:
         raise ValueError(
             f"STM cannot score {type(lm).__name__}: its forward does not run its backbone once and its head on every "
             "position (a compiled model, or an architecture of another kind)."

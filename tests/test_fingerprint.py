@@ -21,7 +21,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from stm_plugin.fingerprint import effective_tensors, model_fingerprint, quantization
+from stm_plugin.fingerprint import effective_tensors, model_fingerprint, quantization, weights_dtype
 
 SIZES = {
     "vocab_size": 97,
@@ -247,6 +247,16 @@ def test_tied_weights():
         untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.clone())
         untied.lm_head.weight[3, 3] += 1
     assert len({fingerprint, model_fingerprint(tied), model_fingerprint(untied)}) == 3
+
+
+def test_weights_dtype():
+    """Of what the function depends on: a fresh LoRA in float32, PEFT's default, does not make a model mixed."""
+    assert weights_dtype(llama()) == "torch.float32"
+    half = lora(llama().bfloat16(), modules_to_save=["lm_head"])
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16, torch.float32}
+    half.base_model.model.lm_head.modules_to_save.bfloat16()
+    assert weights_dtype(half) == "torch.bfloat16"
+    assert weights_dtype(stirred(half)) == "torch.bfloat16,torch.float32"
 
 
 # LoRA.
@@ -557,6 +567,7 @@ def test_quantization_counts(quantized):
         quantized(bnb_4bit_use_double_quant=True),
         quantized(bnb_4bit_compute_dtype=torch.float32),
     ]
+    assert weights_dtype(model) == "torch.float32"  # of what is not packed
     assert len({quantization(variant) for variant in variants}) == 4
     assert len({model_fingerprint(variant) for variant in variants}) == 4
 

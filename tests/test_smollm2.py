@@ -5,6 +5,7 @@ turns; share above 1.5 / 2 / 2.5 / 3 / 10 / 1000: 47.1 / 37.4 / 33.1 / 30.2 / 19
 """
 
 import json
+import os
 
 import pytest
 
@@ -19,8 +20,11 @@ TOLERANCE = 0.15  # percentage points
 @pytest.fixture(scope="session")
 def smollm2():
     """Folder of SmolLM2-135M-Instruct, from wherever the demo finds it."""
+    import torch
+
     from stm_plugin.demo.model import find_model
 
+    torch.set_num_threads(os.cpu_count() or 1)
     return str(find_model().path)
 
 

@@ -14,7 +14,7 @@ from .results import DemoResults, write_results
 
 DEFAULT_ROWS = 96
 DEFAULT_NEW_TOKENS = 48
-QUICK_ROWS = 16
+QUICK_ROWS = 12
 QUICK_NEW_TOKENS = 24
 PLOT_NAME = "drift.png"
 
