@@ -47,8 +47,7 @@ def check_collator(collator: Collator, rows: list[dict[str, Any]], masked: list[
         if offset is None:
             raise ValueError(
                 f"The data collator {name} changes the token ids of a row, so STM cannot tell whether it keeps the "
-                "masks. "
-                "Use the trainer's own collator (data_collator=None), or one that only pads or joins rows."
+                "masks. Use the trainer's own collator (data_collator=None), or one that only pads or joins rows."
             )
         found = labels[offset : offset + len(row_masked)]
         if (found[row_masked[: len(found)]] != IGNORE_INDEX).any():
@@ -62,10 +61,8 @@ def check_collator(collator: Collator, rows: list[dict[str, Any]], masked: list[
 def _rebuilt(name: str) -> str:
     return (
         f"The data collator {name} puts labels where STM has masked them (-100): it builds labels anew instead of "
-        "using "
-        "the 'labels' column, so the run would train unmasked. Use the trainer's own collator (data_collator=None), "
-        "or "
-        "one that keeps 'labels'."
+        "using the 'labels' column, so the run would train unmasked. Use the trainer's own collator "
+        "(data_collator=None), or one that keeps 'labels'."
     )
 
 

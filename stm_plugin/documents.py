@@ -70,8 +70,8 @@ class Documents:
         if dataset.format["type"] == "custom":
             raise ValueError(
                 "STM cannot mask a data set with a transform (with_transform or set_transform): its rows are made "
-                "anew at "
-                "every read. Apply the transform once with Dataset.map, or remove it with Dataset.reset_format."
+                "anew at every read. Apply the transform once with Dataset.map, or remove it with "
+                "Dataset.reset_format."
             )
         ids, id_lengths = _read_lists(dataset, "input_ids")
         labels, label_lengths = _read_lists(dataset, "labels") if "labels" in columns else (ids, id_lengths)
@@ -238,8 +238,7 @@ def _check_lengths(name: str, lengths: np.ndarray, id_lengths: np.ndarray, hint:
         row = wrong[0]
         raise ValueError(
             f"{name} has {lengths[row]} entries in row {row}, where input_ids has {id_lengths[row]} ({len(wrong)} "
-            "such "
-            f"rows). {hint}"
+            f"such rows). {hint}"
         )
 
 

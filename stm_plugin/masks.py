@@ -76,8 +76,7 @@ def make_masks(documents: Documents, nll: np.ndarray, options: STMOptions, stop_
     if len(nll) == 0:
         raise ValueError(
             "The training set has no label token: every label is -100, or stands at the start of its document. Check "
-            "the "
-            "chat template and the options that decide which tokens are trained."
+            "the chat template and the options that decide which tokens are trained."
         )
     check_scores(nll)
     label_ids = documents.label_ids

@@ -14,6 +14,7 @@ seams, and all that is overridden:
 import gc
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ._compat import counts_predicted_labels
 from .collators import MaskCounter, check_collator
 from .constants import IGNORE_INDEX, MASKED_COLUMN
 from .documents import Documents, with_columns
@@ -103,12 +105,27 @@ class STMTrainerMixin(_Host):
         """Check, before anything is trained, all that can be checked; raise ValueError for what cannot be masked."""
         show_log_lines()
         self._stm_run: MaskedRun | None = None
+        self._stm_model: weakref.ref[Any] | None = None
         self._stm_state = STMState()
         self._stm_loader_state = RandomState()
         self._stm_counts: dict[str, Any] = {}
         options = STMOptions.from_args(self.args)
         self._stm_check_supported()
         documents = _unmasked_documents(self.train_dataset)
+        self._stm_check_reference(options, documents)
+        self._stm_from_main(ScoreStore(options.stm_scores_dir).check_writable)
+        self.add_callback(self._stm_state)
+        if not self.args.average_tokens_across_devices:
+            self.args.average_tokens_across_devices = True
+            self._stm_info("average_tokens_across_devices is on while STM is: its loss is over all tokens of a step.")
+        if not self._stm_counts_tokens():
+            self._stm_warn(
+                "The host does not divide the loss of %s by the number of kept tokens of a step: its own averaging "
+                "stays.",
+                type(self.model).__name__,
+            )
+
+    def _stm_check_reference(self, options: STMOptions, documents: Documents) -> None:
         if options.stm_reference != REFERENCE_INITIAL:
             assert not isinstance(options.stm_reference_kwargs, str)
             check_same_tokens(
@@ -117,25 +134,12 @@ class STMTrainerMixin(_Host):
                 getattr(self.processing_class, "tokenizer", self.processing_class),
                 documents.input_ids,
             )
-        self._stm_from_main(ScoreStore(options.stm_scores_dir).check_writable)
-        self.add_callback(self._stm_state)
-        if not self.args.average_tokens_across_devices:
-            self.args.average_tokens_across_devices = True
-            self._stm_info("average_tokens_across_devices is on while STM is: its loss is over all tokens of a step.")
-        if not self._stm_counts_tokens():
-            self._stm_warn(
-                "The loss of %s takes no count of tokens, so the host averages over micro-batches instead of over all "
-                "kept "
-                "tokens of a step.",
-                type(self.model).__name__,
-            )
 
     def _stm_check_supported(self) -> None:
         if not isinstance(self.train_dataset, datasets.Dataset):
             raise ValueError(
                 "stm_reference='initial' scores the training set before the first step, which a streaming or custom "
-                "data "
-                f"set ({type(self.train_dataset).__name__}) does not allow. Load it as a datasets.Dataset "
+                f"data set ({type(self.train_dataset).__name__}) does not allow. Load it as a datasets.Dataset "
                 "(streaming=False)."
             )
         check_scorable(self.model)
@@ -180,7 +184,8 @@ class STMTrainerMixin(_Host):
         options = STMOptions.from_args(self.args)
         run, origin = self._stm_run, "made before"
         masked_before = run is not None and self.train_dataset is run.masked
-        if run is not None and masked_before and self.model_init is None:
+        same_model = self.model_init is None or (self._stm_model is not None and self._stm_model() is self.model)
+        if run is not None and masked_before and same_model:
             if options.stm_reference != run.options.stm_reference:
                 raise ValueError(
                     f"stm_reference changed from {run.options.stm_reference!r} to {options.stm_reference!r} after the "
@@ -200,6 +205,7 @@ class STMTrainerMixin(_Host):
         if checkpoint is not None:
             self._stm_check_resumed(checkpoint, run)
         self._stm_run, self.train_dataset = run, run.masked
+        self._stm_model = weakref.ref(self.model)
         self._stm_state.receipt = run.receipt
         self.state.stateful_callbacks[STMState.__name__] = self._stm_state.state()
         self._stm_counts = {}
@@ -256,16 +262,15 @@ class STMTrainerMixin(_Host):
     ) -> tuple[ScoresKey, Any, str]:
         """Key and scores of a plan, and where they came from; with `expected`, only if that is the key."""
         store = ScoreStore(options.stm_scores_dir)
+        self._stm_check_reference(options, plan.documents)
         with self._stm_scoring_model(options) as (model, autocast):
             key = self._stm_from_main(lambda: _scores_key(model, autocast, plan, self.args.device.type))
             if expected is not None and key != expected:
                 differing = [name for name, value in vars(expected).items() if value != getattr(key, name)]
                 raise ScoresError(
                     f"The scores of the original start are gone from {store.path(expected)}, and cannot be made again "
-                    "from "
-                    f"this model: its {' and '.join(differing)} differs. Put that folder back, or build the trainer "
-                    "with "
-                    "the model that the run started from."
+                    f"from this model: its {' and '.join(differing)} differs. Put that folder back, or build the "
+                    "trainer with the model that the run started from."
                 )
             scores = self._stm_from_main(lambda: store.read(key, plan.num_scores))
             if scores is not None:
@@ -307,8 +312,7 @@ class STMTrainerMixin(_Host):
         if scores is None:
             raise ScoresError(
                 f"The scores of the original start are gone from {store.path(key)}, and the weights that {checkpoint} "
-                "holds "
-                "are not those they were made from. Put that folder back, or set stm_scores_dir to where it is."
+                "holds are not those they were made from. Put that folder back, or set stm_scores_dir to where it is."
             )
         return key, scores
 
@@ -325,9 +329,8 @@ class STMTrainerMixin(_Host):
         if key.data != plan.fingerprint:
             raise ScoresError(
                 f"{checkpoint} was trained on other rows: the token ids or label positions of this training set "
-                "differ from "
-                "those that were scored at the original start. Resume with the same data, chat template and "
-                "max_length."
+                "differ from those that were scored at the original start. Resume with the same data, chat template "
+                "and max_length."
             )
         return key
 
@@ -337,16 +340,13 @@ class STMTrainerMixin(_Host):
             if original[name] != run.receipt[name] and not (name == "threshold_nats" and original["mask_fraction"]):
                 raise ValueError(
                     f"{checkpoint} was trained with {name}={original[name]!r}, this run has {run.receipt[name]!r}. A "
-                    "resumed "
-                    "run keeps the masks of its start: set the option back, or start a new run."
+                    "resumed run keeps the masks of its start: set the option back, or start a new run."
                 )
         if original["mask_digest"] != run.receipt["mask_digest"]:
             raise ValueError(
                 f"The masks of this run are not those of {checkpoint} (digest {run.receipt['mask_digest'][:12]}… "
-                "against "
-                f"{original['mask_digest'][:12]}…), though scores and options agree: the tokenizer's or the model's "
-                "stop "
-                "tokens may have changed."
+                f"against {original['mask_digest'][:12]}…), though scores and options agree: the tokenizer's or the "
+                "model's stop tokens may have changed."
             )
 
     def _stm_check_collator(self, masked: "datasets.Dataset", masks: Masks, num_rows: int = 4) -> None:
@@ -403,7 +403,8 @@ class STMTrainerMixin(_Host):
 
     def _stm_counts_tokens(self) -> bool:
         """Whether the host divides by the number of kept tokens of a whole step."""
-        return bool(self.model_accepts_loss_kwargs) or self.compute_loss_func is not None
+        counts = bool(self.model_accepts_loss_kwargs) or self.compute_loss_func is not None
+        return counts and counts_predicted_labels(self)
 
     def _stm_stop_token_ids(self) -> set[int]:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -447,13 +448,17 @@ def _scores_key(model: Any, autocast: Autocast, plan: ScorePlan, device: str) ->
     )
 
 
-def _unmasked_documents(dataset: "datasets.Dataset") -> Documents:
-    if MASKED_COLUMN in dataset.column_names:
+def check_unmasked(dataset: Any) -> None:
+    """Raise ValueError for a data set that STM has masked already."""
+    if isinstance(dataset, datasets.Dataset) and MASKED_COLUMN in dataset.column_names:
         raise ValueError(
             f"The training set has been masked by STM already (it has a column {MASKED_COLUMN!r}): masking it again "
-            "would "
-            "leave out what other scores chose. Give the data set as it was before."
+            "would leave out what other scores chose. Give the data set as it was before."
         )
+
+
+def _unmasked_documents(dataset: "datasets.Dataset") -> Documents:
+    check_unmasked(dataset)
     return Documents.from_dataset(dataset)
 
 
@@ -462,7 +467,6 @@ def _receipt_of(checkpoint: str) -> Receipt:
     if receipt is None:
         raise ValueError(
             f"{checkpoint} was trained without STM: its trainer_state.json has no receipt, so there are no "
-            "perplexities of "
-            "an original start. Resume it without STM, or start a new STM run from its weights."
+            "perplexities of an original start. Resume it without STM, or start a new STM run from its weights."
         )
     return receipt

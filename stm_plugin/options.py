@@ -169,8 +169,7 @@ def check_fraction(fraction: Any) -> None:
     if _not_a(Real, fraction) or not 0 < fraction < 1:
         raise ValueError(
             f"stm_mask_fraction must be a number between 0 and 1, exclusive, got {fraction!r}. The paper finds 0.20 "
-            "to "
-            "0.24 best."
+            "to 0.24 best."
         )
 
 

@@ -36,8 +36,7 @@ def check_same_tokens(reference: str, reference_kwargs: dict[str, Any], tokenize
             raise ValueError(
                 f"stm_reference={reference!r} has another tokenizer than the model in training: id {token_id} is "
                 f"{ours!r} here and {theirs!r} there. Its perplexities would be those of other tokens. Choose a "
-                "reference "
-                "of the same family, or 'initial'."
+                "reference of the same family, or 'initial'."
             )
 
 

@@ -149,14 +149,12 @@ def check_scorable(model: Any) -> None:
         if config.is_prompt_learning:
             raise ValueError(
                 f"STM cannot score through the virtual tokens of adapter {name!r} ({config.peft_type}): they shift "
-                "every "
-                "position. Use LoRA or another adapter without virtual tokens."
+                "every position. Use LoRA or another adapter without virtual tokens."
             )
         if getattr(config, "alora_invocation_tokens", None) is not None:
             raise ValueError(
                 f"STM cannot score adapter {name!r}, an activated LoRA (alora_invocation_tokens): where it starts to "
-                "act "
-                "differs from row to row. Use a plain LoRA."
+                "act differs from row to row. Use a plain LoRA."
             )
 
 

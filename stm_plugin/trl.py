@@ -1,6 +1,7 @@
 """Selective Token Masking for TRL: `STMSFTConfig` and `STMSFTTrainer`. The only module that subclasses TRL."""
 
 import functools
+import inspect
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from ._compat import check_trl_version
 from .constants import PAPER_CITATION, PAPER_ID, PAPER_TITLE
 from .logs import show_log_lines
-from .mixin import STMTrainerMixin
+from .mixin import STMTrainerMixin, check_unmasked
 from .options import STMOptions
 
 logger = logging.getLogger(__name__)
@@ -75,12 +76,13 @@ class STMSFTTrainer(STMTrainerMixin, SFTTrainer):
             given = "no args" if args is None else type(args).__name__
             args = STMSFTConfig(_default_output_dir(model)) if args is None else _with_stm_defaults(args)
             logger.info("%s given: STM runs with its defaults (stm_threshold=%s).", given, STMOptions().threshold)
+        given_data = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *others, **keywords).arguments
+        check_unmasked(given_data.get("train_dataset"))
         super().__init__(model, args, *others, **keywords)
         if self._is_vision_dataset:
             raise ValueError(
                 "STM cannot mask vision data: its token ids are only made batch by batch, by the collator. Train on "
-                "text, "
-                "or use SFTTrainer."
+                "text, or use SFTTrainer."
             )
         self._stm_setup()
 
