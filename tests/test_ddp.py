@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch", reason="torch is not installed")
+
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch

@@ -4,6 +4,9 @@ import copy
 import math
 
 import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+
 import torch
 
 pytest.importorskip("peft")

@@ -6,6 +6,9 @@ import random
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+
 import torch
 import transformers
 

@@ -8,6 +8,9 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+
 import torch
 from packaging.version import Version
 from peft import LoraConfig

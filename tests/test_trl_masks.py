@@ -6,9 +6,12 @@ import json
 import math
 import random
 
-import datasets
 import numpy as np
 import pytest
+
+pytest.importorskip("trl", reason="trl is not installed")
+
+import datasets
 from conftest import TEXT
 from trl_helpers import (
     IGNORE,
