@@ -18,15 +18,15 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-STEPS = 12
+STEPS = 10
 SKIPPED_STEPS = 2
-ROWS = 24
+ROWS = 20
 MAX_LENGTH = 512
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=5, help="runs of each side (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each side (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="where the JSON goes")
     parser.add_argument("--side", choices=["SFT", "STM"], help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -4,8 +4,7 @@ Drift is the mean of `KL(initial || tuned)` in nats per token. Measured on promp
 training data, it needs no benchmark and sees change long before an accuracy does.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -87,11 +86,13 @@ def greedy_answers(
     """
     import torch
 
+    from ..scoring import eval_mode
+
     prompt_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     stop_ids = _stop_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     rows: list[TokenRow] = []
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for start in range(0, len(prompt_ids), batch_size):
             batch = prompt_ids[start : start + batch_size]
             width = max(map(len, batch))
@@ -132,6 +133,8 @@ def measure_drift(initial: "PreTrainedModel", tuned: "PreTrainedModel", rows: Se
     """
     import torch
 
+    from ..scoring import eval_mode
+
     if not rows:
         raise ValueError("drift needs at least one row, got none.")
     for index, row in enumerate(rows):
@@ -140,7 +143,7 @@ def measure_drift(initial: "PreTrainedModel", tuned: "PreTrainedModel", rows: Se
                 f"row {index} has {row.num_prompt_tokens} prompt tokens of {len(row.input_ids)}; drift needs at least "
                 "one prompt token and one answer token."
             )
-    with _eval_mode(initial), _eval_mode(tuned), torch.no_grad():
+    with eval_mode(initial), eval_mode(tuned), torch.no_grad():
         return Drift([_row_drift(initial, tuned, row) for row in rows])
 
 
@@ -184,14 +187,3 @@ def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
     if eos is None:
         raise ValueError("neither the model's generation config nor the tokenizer names an end-of-turn token.")
     return [eos] if isinstance(eos, int) else list(eos)
-
-
-@contextmanager
-def _eval_mode(model: "PreTrainedModel") -> Iterator[None]:
-    """Switches dropout off, and back to what it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
