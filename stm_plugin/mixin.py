@@ -215,6 +215,12 @@ class STMTrainerMixin(_Host):
 
     def _stm_apply(self, masks: Masks, run: MaskedRun) -> MaskedRun:
         """The run with its masked data set, which the collator has been checked to keep masked, and its receipt."""
+        if masks.rows_without_kept_tokens and not self._stm_loss_takes_count():
+            raise ValueError(
+                f"{masks.rows_without_kept_tokens} rows keep no token, and the loss of {type(self.model).__name__} takes "
+                "no count of tokens: a micro-batch of such rows would divide by zero. Raise stm_threshold, or leave "
+                "these rows out."
+            )
         masked = with_columns(run.source, masks.documents, masks.labels, **{MASKED_COLUMN: masks.masked_per_row})
         self._stm_check_collator(masked, masks)
         entry = ScoreStore(run.options.stm_scores_dir).path(run.key)
@@ -403,8 +409,10 @@ class STMTrainerMixin(_Host):
 
     def _stm_counts_tokens(self) -> bool:
         """Whether the host divides by the number of kept tokens of a whole step."""
-        counts = bool(self.model_accepts_loss_kwargs) or self.compute_loss_func is not None
-        return counts and counts_predicted_labels(self)
+        return self._stm_loss_takes_count() and counts_predicted_labels(self)
+
+    def _stm_loss_takes_count(self) -> bool:
+        return bool(self.model_accepts_loss_kwargs) or self.compute_loss_func is not None
 
     def _stm_stop_token_ids(self) -> set[int]:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
