@@ -12,7 +12,7 @@ from ..constants import DEFAULT_THRESHOLD
 from .model import ModelNotFoundError
 from .results import DemoResults, write_results
 
-DEFAULT_ROWS = 96
+DEFAULT_ROWS = 80
 DEFAULT_NEW_TOKENS = 48
 QUICK_ROWS = 12
 QUICK_NEW_TOKENS = 24
