@@ -128,6 +128,32 @@ def test_data_order_and_random_states_are_those_of_sft(options, threshold, token
     assert plain.random_states == masked.random_states
 
 
+class _Drawing:
+    """Left of a trainer: a sampler that draws the whole order when it is built, as Axolotl's multipack sampler does."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.randperm(len(self.train_dataset)).tolist()
+
+
+class _DrawingSFT(_Drawing, RecordingSFT):
+    pass
+
+
+class _DrawingSTM(_Drawing, RecordingSTM):
+    pass
+
+
+def test_a_sampler_that_draws_when_it_is_built_draws_the_same(tokenizer, make_model, chats, tmp_path):
+    runs = []
+    for make, recording in ((plain_trainer, _DrawingSFT), (stm_trainer, _DrawingSTM)):
+        trainer = make(
+            make_model(), chats, tokenizer, tmp_path, trainer_class=recording, stm_threshold=500.0, num_train_epochs=2
+        )
+        trainer.train()
+        runs.append(([batch["input_ids"].tolist() for batch in trainer.batches], trainer.random_states))
+    assert runs[0] == runs[1]
+
+
 @pytest.mark.parametrize("scores", ["made", "found"])
 def test_global_generators_are_left_alone(scores, tokenizer, make_model, chats, tmp_path):
     """Python's, NumPy's and torch's generators are after `train()` what they are after SFTTrainer's."""
