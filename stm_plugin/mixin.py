@@ -217,9 +217,9 @@ class STMTrainerMixin(_Host):
         """The run with its masked data set, which the collator has been checked to keep masked, and its receipt."""
         if masks.rows_without_kept_tokens and not self._stm_loss_takes_count():
             raise ValueError(
-                f"{masks.rows_without_kept_tokens} rows keep no token, and a micro-batch of them would divide by zero: "
-                f"the loss of {type(self.model).__name__} takes no count of tokens. Raise stm_threshold, or leave these "
-                "rows out."
+                f"{masks.rows_without_kept_tokens} rows keep no token; a micro-batch of them would divide by zero: "
+                f"the loss of {type(self.model).__name__} takes no count of tokens. Raise stm_threshold, or leave "
+                "these rows out."
             )
         masked = with_columns(run.source, masks.documents, masks.labels, **{MASKED_COLUMN: masks.masked_per_row})
         self._stm_check_collator(masked, masks)

@@ -129,7 +129,7 @@ def test_data_order_and_random_states_are_those_of_sft(options, threshold, token
 
 
 class _Drawing:
-    """Left of a trainer: a sampler that draws the whole order when it is built, as Axolotl's multipack sampler does."""
+    """Left of a trainer: a sampler that draws its order when it is built, as Axolotl's multipack sampler does."""
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.randperm(len(self.train_dataset)).tolist()
