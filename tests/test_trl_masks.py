@@ -333,28 +333,22 @@ def test_batches_carry_exactly_the_masked_labels(layout, workers, tokenizer, mak
     assert masked > sum(list(row["labels"]).count(IGNORE) for row in plain)
 
 
-def test_rows_not_trained_keep_their_extra_columns(tokenizer, make_model, tmp_path):
-    """Columns of one's own survive; with remove_unused_columns=False the collator never sees STM's."""
+@pytest.mark.parametrize("removed", [False, True])
+def test_columns_of_ones_own_stay_and_stms_is_seen_by_nobody(removed, tokenizer, make_model, tmp_path):
     rows = [{**_partly_labelled(tokenizer, i), "name": f"row {i}", "weight": i / 2} for i in range(6)]
-    plain = plain_trainer(make_model(), rows, tokenizer, tmp_path, remove_unused_columns=False).train_dataset
-    trainer = stm_trainer(
-        make_model(),
-        rows,
-        tokenizer,
-        tmp_path,
-        trainer_class=RecordingSTM,
-        stm_threshold=500.0,
-        remove_unused_columns=False,
-    )
+    options = {"remove_unused_columns": removed, "stm_threshold": 500.0}
+    plain = plain_trainer(make_model(), rows, tokenizer, tmp_path, **options).train_dataset
+    trainer = stm_trainer(make_model(), rows, tokenizer, tmp_path, trainer_class=RecordingSTM, **options)
     seen, collate = [], trainer.data_collator.torch_call
-    trainer.data_collator.torch_call = lambda examples: (seen.extend(set(row) for row in examples), collate(examples))[
-        1
-    ]
+    trainer.data_collator.torch_call = lambda rows: (seen.extend(set(row) for row in rows), collate(rows))[1]
     trainer.train()
     assert trainer.train_dataset["name"][:] == plain["name"][:]
     assert trainer.train_dataset["weight"][:] == plain["weight"][:]
+    if removed:
+        list(trainer.get_train_dataloader())
+    own = {"input_ids", "labels"} if removed else {"input_ids", "labels", "name", "weight"}
     assert seen
-    assert all("stm_masked_tokens" not in names for names in seen)
+    assert all(names == own for names in seen)
     assert all("stm_masked_tokens" not in batch for batch in trainer.batches)
 
 

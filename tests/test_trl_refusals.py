@@ -245,6 +245,12 @@ def _damage(kind, entry):
     if kind == "a bit of a score":
         content[-3] ^= 1
         shard.write_bytes(content)
+    elif kind == "other scores with their checksum":
+        from stm_plugin.store import _file_hash
+
+        content[-3] ^= 1
+        manifest.write_text(manifest.read_text().replace(_file_hash(shard.read_bytes()), _file_hash(bytes(content))))
+        shard.write_bytes(content)
     elif kind == "a shard cut short":
         shard.write_bytes(content[:-4])
     elif kind == "no shard":
@@ -278,6 +284,7 @@ def _damage(kind, entry):
     "kind",
     [
         "a bit of a score",
+        "other scores with their checksum",
         "a shard cut short",
         "no shard",
         "a pickled shard",
