@@ -1,7 +1,7 @@
 """Time and memory of STM beside plain SFT, and throughput of scoring beside its floor; prints a table, writes JSON.
 
-Needs the `demo` extra. `nox -s benchmark` runs it in an environment of its own. Figures are medians; the two sides of
-each pair take turns, so that a machine whose speed drifts does both the same. Machine, versions and commit go into the
+Needs the `demo` extra. `nox -s benchmark` runs it in an environment of its own. Figures are medians of pairs whose
+two sides take turns, so that a machine whose speed drifts does both the same. Machine, versions and commit go into the
 JSON.
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,8 +19,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-STEPS = 10
+STEPS = 12
 SKIPPED_STEPS = 2
+MEMORY_STEPS = 4
 ROWS = 20
 MAX_LENGTH = 512
 
@@ -29,9 +31,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="where the JSON goes")
     parser.add_argument("--side", choices=["SFT", "STM"], help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--scores", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(train_side(args.side)))
+        train_side(args.side, args.steps, args.scores)
         return
     results = {"machine": machine(), "training": compare_training(args.pairs), "scoring": compare_scoring(args.pairs)}
     args.output.write_text(json.dumps(results, indent=2) + "\n")
@@ -39,24 +43,62 @@ def main() -> None:
 
 
 def compare_training(pairs: int) -> dict:
-    """Median step time and peak memory of STM over those of SFT, pair by pair, each run in a process of its own."""
-    runs: dict[str, list] = {"SFT": [], "STM": []}
-    with tempfile.TemporaryDirectory() as home:
-        environment = os.environ | {"STM_BENCHMARK_SCORES": home}
-        for pair in range(pairs):
-            for side in ("SFT", "STM") if pair % 2 == 0 else ("STM", "SFT"):
-                command = [sys.executable, __file__, "--side", side]
-                output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-                runs[side].append(json.loads(output.splitlines()[-1]))
-    ratios = {
-        name: [stm[name] / sft[name] for sft, stm in zip(runs["SFT"], runs["STM"], strict=True)]
-        for name in ("step_seconds", "peak_mib")
+    """Step time and peak memory of STM over those of SFT.
+
+    Time: both sides train at once, each in a process of its own, and take turns step by step on the same rows. Memory:
+    runs of their own whose allocator gives every freed tensor back, or else the peak tells of its luck with holes.
+    """
+    seconds: dict[str, list[float]] = {"SFT": [], "STM": []}
+    peaks: dict[str, list[float]] = {"SFT": [], "STM": []}
+    with tempfile.TemporaryDirectory() as scores:
+        for _ in range(pairs):
+            for side, steps in take_turns(scores).items():
+                seconds[side] += steps
+        shutil.rmtree(scores)
+        for side in peaks:
+            for _ in range(pairs):  # the first of STM scores too
+                process = start_side(side, scores, MEMORY_STEPS, MALLOC_MMAP_THRESHOLD_=str(64 * 1024))
+                peaks[side].append(json.loads(process.communicate("\n" * MEMORY_STEPS)[0].splitlines()[-1]))
+    ratios = [stm / sft for sft, stm in zip(seconds["SFT"], seconds["STM"], strict=True)]
+    return {
+        "step_seconds": seconds,
+        "step_seconds_ratio": statistics.median(ratios),
+        "peak_mib": peaks,
+        "peak_mib_ratio": max(peaks["STM"]) / statistics.median(peaks["SFT"]),
     }
-    return {"runs": runs, "ratios": ratios} | {f"{name}_ratio": statistics.median(r) for name, r in ratios.items()}
 
 
-def train_side(side: str) -> dict:
-    """Train SmolLM2 with LoRA for some steps; median seconds of a step and the process's peak memory."""
+def take_turns(scores: str) -> dict[str, list[float]]:
+    """Seconds of each step of both sides, from the word to begin until its end."""
+    sides = {side: start_side(side, scores, STEPS) for side in ("SFT", "STM")}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for side in sides.values():
+        side.stdout.readline()  # ready
+    for step in range(STEPS):
+        for side in sides if step % 2 else reversed(sides):
+            started = time.perf_counter()
+            sides[side].stdin.write("\n")
+            sides[side].stdin.flush()
+            if not sides[side].stdout.readline():
+                sys.exit(f"The side {side} stopped early; its messages are above.")
+            if step >= SKIPPED_STEPS:
+                seconds[side].append(time.perf_counter() - started)
+    for side in sides.values():
+        side.communicate()
+    return seconds
+
+
+def start_side(side: str, scores: str, steps: int, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--side", side, "--steps", str(steps), "--scores", scores]
+    return subprocess.Popen(
+        command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def train_side(side: str, steps: int, scores: str) -> None:
+    """Train SmolLM2 with LoRA, each step at a line of the input; a line when a step ends, the peak in MiB at last."""
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what the libraries print is no answer
     import torch
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -64,24 +106,29 @@ def train_side(side: str) -> dict:
 
     from stm_plugin import STMSFTConfig, STMSFTTrainer
 
-    class StepTimes(TrainerCallback):
-        def __init__(self) -> None:
-            self.ends: list[float] = []
+    def answer(text: object) -> None:
+        os.write(answers, f"{text}\n".encode())
 
-        def on_step_end(self, *args, **kwargs) -> None:
-            self.ends.append(time.perf_counter())
+    class TakeTurns(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs) -> None:
+            answer("ready")
+            sys.stdin.readline()
+
+        def on_step_end(self, args, state, *others, **kwargs) -> None:
+            answer(state.global_step)
+            if state.global_step < steps:
+                sys.stdin.readline()
 
     torch.set_num_threads(os.cpu_count() or 1)
     model, data = model_and_data()
     trainer_class, config_class, more = {
         "SFT": (SFTTrainer, SFTConfig, {}),
-        "STM": (STMSFTTrainer, STMSFTConfig, {"stm_scores_dir": os.environ["STM_BENCHMARK_SCORES"]}),
+        "STM": (STMSFTTrainer, STMSFTConfig, {"stm_scores_dir": scores}),
     }[side]
-    times = StepTimes()
     with tempfile.TemporaryDirectory() as output_dir:
         config = config_class(
             output_dir=output_dir,
-            max_steps=STEPS,
+            max_steps=steps,
             per_device_train_batch_size=2,
             max_length=MAX_LENGTH,
             bf16=False,
@@ -93,10 +140,8 @@ def train_side(side: str) -> dict:
             **more,
         )
         lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
-        trainer_class(str(model), config, train_dataset=data, peft_config=lora, callbacks=[times]).train()
-    steps = [after - before for before, after in zip(times.ends, times.ends[1:], strict=False)][SKIPPED_STEPS:]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"step_seconds": statistics.median(steps), "peak_mib": peak}
+        trainer_class(str(model), config, train_dataset=data, peft_config=lora, callbacks=[TakeTurns()]).train()
+    answer(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def compare_scoring(pairs: int) -> dict:
@@ -192,9 +237,9 @@ def machine() -> dict:
 
 def print_table(results: dict) -> None:
     training = results["training"]
-    print(f"STM / SFT, median of {len(training['runs']['STM'])} pairs")
+    print(f"STM / SFT, {len(training['step_seconds']['STM'])} pairs of steps")
     for name, unit in (("step_seconds", "s a step"), ("peak_mib", "MiB peak")):
-        sides = [statistics.median(run[name] for run in training["runs"][side]) for side in ("SFT", "STM")]
+        sides = [statistics.median(training[name][side]) for side in ("SFT", "STM")]
         print(f"  {sides[0]:9.3f} and {sides[1]:9.3f} {unit:9}  ratio {training[f'{name}_ratio']:.3f}")
     for dtype, row in results["scoring"].items():
         rates = row["tokens_per_second"]
