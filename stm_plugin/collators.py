@@ -21,12 +21,22 @@ class MaskCounter:
     def __init__(self, collator: Collator):
         self.collator = collator
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows; the batch gets `stm_masked_tokens`, shape `(B,)`."""
-        counts = [int(example[MASKED_COLUMN]) for example in examples]
-        batch = self.collator([{k: v for k, v in example.items() if k != MASKED_COLUMN} for example in examples])
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        """Collate rows, or lists of rows to be packed; the batch gets `stm_masked_tokens`, shape `(B,)`."""
+        counts = [_masked_tokens(example) for example in examples]
+        batch = self.collator([_without_count(example) for example in examples])
         batch[MASKED_COLUMN] = torch.tensor(counts)
         return batch
+
+
+def _masked_tokens(example: Any) -> int:
+    return sum(map(_masked_tokens, example)) if isinstance(example, list) else int(example[MASKED_COLUMN])
+
+
+def _without_count(example: Any) -> Any:
+    if isinstance(example, list):
+        return [_without_count(row) for row in example]
+    return {name: value for name, value in example.items() if name != MASKED_COLUMN}
 
 
 def check_collator(collator: Collator, rows: list[dict[str, Any]], masked: list[np.ndarray]) -> None:

@@ -9,6 +9,8 @@ seams, and all that is overridden:
   of the start.
 - `get_batch_samples`: counts for the metrics; a step without kept tokens divides by 1.
 - `save_model`, `log`: the receipt and the metrics.
+
+`stm_score()` goes through the same door and stops before the first step.
 """
 
 import gc
@@ -52,6 +54,10 @@ Value = TypeVar("Value")
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 _STOP_TOKENS_WARNING = 0.05
+
+
+class _Scored(Exception):  # noqa: N818
+    """Ends a `train()` that was only to score."""
 
 
 class STMState(TrainerCallback, ExportableState):
@@ -109,6 +115,7 @@ class STMTrainerMixin(_Host):
         self._stm_state = STMState()
         self._stm_loader_state = RandomState()
         self._stm_counts: dict[str, Any] = {}
+        self._stm_only_scores = False
         options = STMOptions.from_args(self.args)
         self._stm_check_supported()
         documents = _unmasked_documents(self.train_dataset)
@@ -159,6 +166,22 @@ class STMTrainerMixin(_Host):
         if kinds:
             raise ValueError(f"STM cannot yet score exactly under {' and '.join(kinds)}. Use one process, or DDP.")
 
+    def stm_score(self) -> MaskedRun:
+        """Score and mask the training set as `train()` would, with the model prepared as for training; train nothing.
+
+        Returns:
+            What was scored and masked.
+        """
+        self._stm_only_scores = True
+        try:
+            self.train()
+        except _Scored:
+            pass
+        finally:
+            self._stm_only_scores = False
+        assert self._stm_run is not None
+        return self._stm_run
+
     def get_train_dataloader(self) -> Any:
         """The host's, remembering the random state that it was built from."""
         self._stm_loader_state = RandomState()
@@ -168,6 +191,8 @@ class STMTrainerMixin(_Host):
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         with preserved_random_state():
             self._stm_mask(resume_from_checkpoint)
+            if self._stm_only_scores:
+                raise _Scored
             self._stm_loader_state.restore()
             train_dataloader = self._stm_train_dataloader()
         self.callback_handler.train_dataloader = train_dataloader
@@ -358,7 +383,9 @@ class STMTrainerMixin(_Host):
     def _stm_check_collator(self, masked: "datasets.Dataset", masks: Masks, num_rows: int = 4) -> None:
         counts = masks.masked_per_row
         indices = sorted(sorted(range(len(counts)), key=lambda row: -counts[row])[:num_rows])
+        signature = self._signature_columns
         rows = self._remove_unused_columns(masked.select(indices).remove_columns(MASKED_COLUMN), "STM check")
+        self._signature_columns = signature
         offsets = masks.documents.row_offsets
         check_collator(
             self.data_collator,
@@ -368,9 +395,10 @@ class STMTrainerMixin(_Host):
 
     def _stm_train_dataloader(self) -> Any:
         """The host's dataloader of the masked data set, whose batches carry their count of masked tokens."""
-        self._set_signature_columns_if_needed()
         signature, collator = self._signature_columns, self.data_collator
-        self._signature_columns = [*(signature or []), MASKED_COLUMN]
+        if signature is None:
+            self._set_signature_columns_if_needed()
+        self._signature_columns = [*(self._signature_columns or []), MASKED_COLUMN]
         self.data_collator = MaskCounter(collator)
         try:
             return super().get_train_dataloader()

@@ -4,6 +4,7 @@ Shapes: B documents, T tokens, N label tokens, H hidden size, V vocabulary.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
@@ -161,6 +162,21 @@ def check_scorable(model: Any) -> None:
 def causal_lm(model: Any) -> PreTrainedModel:
     """The model with the language-model head, out of a PEFT wrapper whose layers stay active within it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def loss_takes_count(model: Any) -> bool:
+    """Whether a model's own loss divides by the `num_items_in_batch` it is given, as found by giving it two."""
+    lm = causal_lm(model)
+    weight = lm.get_input_embeddings().weight
+    token_ids = torch.zeros((1, 4), dtype=torch.long, device=weight.device)
+    hidden_states = torch.zeros((1, 4, lm.config.get_text_config().hidden_size), dtype=lm.dtype, device=weight.device)
+    output = _BackboneOutput(last_hidden_state=hidden_states)
+    losses = []
+    with torch.no_grad(), eval_mode(lm), _replaced_forward(lm.base_model, lambda *args, **kwargs: output):
+        for count in (1, 2):
+            num_items = torch.tensor(count, device=weight.device)
+            losses.append(float(lm(input_ids=token_ids, labels=token_ids, num_items_in_batch=num_items).loss))
+    return math.isclose(losses[0], 2 * losses[1], rel_tol=1e-2)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from .results import DemoResults, write_results
 
 DEFAULT_ROWS = 80
 DEFAULT_NEW_TOKENS = 48
-QUICK_ROWS = 12
-QUICK_NEW_TOKENS = 24
+QUICK_ROWS = 8
+QUICK_NEW_TOKENS = 16
 PLOT_NAME = "drift.png"
 
 _NEEDED = ("trl", "peft", "matplotlib")
