@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ._compat import repacks_weights_in_eval_mode
+from .constants import IGNORE_INDEX
 from .documents import Documents
 from .options import STMOptions
 from .plan import ScorePlan
@@ -164,19 +165,34 @@ def causal_lm(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def loss_takes_count(model: Any) -> bool:
-    """Whether a model's own loss divides by the `num_items_in_batch` it is given, as found by giving it two."""
+class LossFacts(NamedTuple):
+    """What a model's own loss does.
+
+    Attributes:
+        takes_count: It divides by the `num_items_in_batch` it is given.
+        shifts_labels: It leaves out the label at position 0, which nothing predicts.
+    """
+
+    takes_count: bool
+    shifts_labels: bool
+
+
+def loss_facts(model: Any) -> LossFacts:
+    """Facts about a model's own loss, found by running it on four tokens; no backbone runs."""
     lm = causal_lm(model)
     weight = lm.get_input_embeddings().weight
     token_ids = torch.zeros((1, 4), dtype=torch.long, device=weight.device)
+    first_only = token_ids.index_fill(1, torch.arange(1, 4, device=weight.device), IGNORE_INDEX)
     hidden_states = torch.zeros((1, 4, lm.config.get_text_config().hidden_size), dtype=lm.dtype, device=weight.device)
     output = _BackboneOutput(last_hidden_state=hidden_states)
-    losses = []
+
+    def loss(labels: torch.Tensor, count: int) -> float:
+        num_items = torch.tensor(count, device=weight.device)
+        return float(lm(input_ids=token_ids, labels=labels, num_items_in_batch=num_items).loss)
+
     with torch.no_grad(), eval_mode(lm), _replaced_forward(lm.base_model, lambda *args, **kwargs: output):
-        for count in (1, 2):
-            num_items = torch.tensor(count, device=weight.device)
-            losses.append(float(lm(input_ids=token_ids, labels=token_ids, num_items_in_batch=num_items).loss))
-    return math.isclose(losses[0], 2 * losses[1], rel_tol=1e-2)
+        takes_count = math.isclose(loss(token_ids, 1), 2 * loss(token_ids, 2), rel_tol=1e-2)
+        return LossFacts(takes_count, loss(first_only, 1) == 0)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..mixin import STMTrainerMixin
 from ..options import STMOptions
-from ..scoring import loss_takes_count
+from ..scoring import loss_facts
 
 
 def put_stm_into(trainer: Any, options: STMOptions) -> None:
@@ -21,9 +21,11 @@ def put_stm_into(trainer: Any, options: STMOptions) -> None:
     trainer.__class__ = type(host.__name__, (STMTrainerMixin, host), {"__module__": host.__module__})
     for name, value in vars(options).items():
         setattr(trainer.args, name, value)
-    if not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None:
-        # Axolotl 0.19 says no for nearly every model, and then averages the means of micro-batches.
-        trainer.model_accepts_loss_kwargs = loss_takes_count(trainer.model)
+    if trainer.compute_loss_func is None:
+        # Axolotl 0.19 denies that nearly any model takes a count, and then averages the means of micro-batches;
+        # transformers does not know that the losses that Axolotl puts in the place of its own shift labels.
+        facts = loss_facts(trainer.model)
+        trainer.model_accepts_loss_kwargs, trainer._loss_shifts_labels = facts
     # In a pack, the label at a document's position 0 is predicted by the document before it.
     trainer._stm_trains_first_label = bool(getattr(trainer.args, "sample_packing", False))
     trainer._stm_setup()

@@ -1,0 +1,268 @@
+"""What a config may hold under `plugins:` and `stm_...`, and what happens at interpreter start. Needs no Axolotl."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stm_plugin.axolotl import conflicts, names
+from stm_plugin.axolotl.names import (
+    PLUGIN_NAME,
+    check_active,
+    check_loads,
+    is_active,
+    reads_plugin_names,
+    resolve_plugins,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "stm",
+        " stm ",
+        ["stm"],
+        ("stm",),
+        PLUGIN_NAME,
+        [PLUGIN_NAME],
+        ["stm_plugin:STMPlugin"],
+        ["stm_plugin.axolotl.plugin.STMPlugin"],
+        ["stm", PLUGIN_NAME, "stm"],
+    ],
+)
+def test_every_spelling_becomes_the_one_name_once(given):
+    cfg = {"plugins": given}
+    assert is_active(cfg)
+    resolve_plugins(cfg)
+    assert cfg["plugins"] == [PLUGIN_NAME]
+
+
+def test_other_plugins_stay_where_they_are():
+    cfg = {"plugins": [LIGER, "stm", "my.module:Plugin"]}
+    resolve_plugins(cfg)
+    assert cfg["plugins"] == [LIGER, PLUGIN_NAME, "my.module:Plugin"]
+
+
+@pytest.mark.parametrize("cfg", [{}, {"plugins": None}, {"plugins": []}, {"plugins": [LIGER]}])
+def test_configs_without_the_plugin_are_left_alone(cfg):
+    before = dict(cfg)
+    resolve_plugins(cfg)
+    check_active(cfg)
+    assert cfg == before
+    assert not is_active(cfg)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("smt", "names 'smt', which no installed package declares; did you mean stm?"),
+        (["stn"], "did you mean stm"),
+        (["liger"], "Short names: "),
+        ({"stm": True}, "must be a name or a list of names"),
+        ([{"stm": True}], "must hold names"),
+        ([7], "must hold names"),
+    ],
+)
+def test_what_is_no_name_is_refused(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve_plugins({"plugins": given})
+
+
+def test_entry_points_of_others_are_found(tmp_path, monkeypatch):
+    info = tmp_path / "other-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[axolotl.plugins]\nother = other_package.plugins:OtherPlugin\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = {"plugins": ["other", "stm"]}
+    resolve_plugins(cfg)
+    assert cfg["plugins"] == ["other_package.plugins.OtherPlugin", PLUGIN_NAME]
+
+
+@pytest.mark.parametrize("plugins", [{}, {"plugins": [LIGER]}, {"plugins": ["stm_plugn.STMPlugin"]}])
+def test_options_without_the_plugin_name_the_missing_line(plugins):
+    with pytest.raises(ValueError, match=r"sets stm_threshold, stm_seed, but does not list(.|\n)*plugins: stm"):
+        check_active({"stm_threshold": 2.5, "stm_seed": 1, **plugins})
+
+
+def test_unknown_options_suggest_the_nearest():
+    with pytest.raises(ValueError, match="stm_treshold is no STM option; did you mean stm_threshold"):
+        check_active({"plugins": "stm", "stm_treshold": 2.5})
+
+
+def test_options_that_are_unset_need_no_plugin():
+    check_active({"stm_threshold": None})
+
+
+@pytest.mark.parametrize("name", ["stm_plugn.STMPlugin", "stm_plugin.STMPlugn", "stm_plugin.nowhere:STMPlugin"])
+def test_a_name_of_ours_that_does_not_load_is_an_error(name):
+    with pytest.raises(ValueError, match=rf"{name}' does not load(.|\n)*write `plugins: stm`"):
+        check_loads([LIGER, name])
+
+
+def test_a_plugin_that_only_contains_stm_and_loads_is_let_be(tmp_path, monkeypatch):
+    (tmp_path / "lstm_tools.py").write_text("class Plugin: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_loads(["lstm_tools.Plugin"])
+
+
+def test_prepare_plugins_is_called_with_what_was_read():
+    seen = []
+    reads_plugin_names(lambda cfg: seen.append(dict(cfg)))({"plugins": "axolotl.x.Y"})
+    assert seen == [{"plugins": ["axolotl.x.Y"]}]
+
+
+def test_errors_of_prepare_plugins_come_through():
+    def prepare(cfg):
+        raise RuntimeError("its own")
+
+    with pytest.raises(RuntimeError, match="its own"):
+        reads_plugin_names(prepare)({"plugins": [LIGER]})
+    with pytest.raises(ValueError, match="does not load") as error:
+        reads_plugin_names(prepare)({"plugins": ["stm_plugn.STMPlugin"]})
+    assert isinstance(error.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "both"),
+    [
+        ({"rl": "dpo"}, ["plugins: stm", "rl: dpo"]),
+        ({"rl": "orpo", "orpo_alpha": 0.1}, ["plugins: stm", "rl: orpo"]),
+        ({"orpo_alpha": 0.1}, ["plugins: stm", "orpo_alpha: 0.1"]),
+        ({"reward_model": True}, ["plugins: stm", "reward_model: true"]),
+        ({"process_reward_model": True}, ["plugins: stm", "process_reward_model: true"]),
+        ({"pretraining_dataset": [{"path": "x"}]}, ["stm_reference: initial", "pretraining_dataset"]),
+        ({"streaming": True}, ["stm_reference: initial", "streaming: true"]),
+        ({"use_eaft": True}, ["plugins: stm", "use_eaft: true"]),
+        ({"use_dft": True}, ["plugins: stm", "use_dft: true"]),
+        ({"kd_trainer": True}, ["plugins: stm", "kd_trainer: true"]),
+        ({"plugins": ["stm", "axolotl.integrations.kd.KDPlugin"]}, ["plugins: stm", "integrations.kd.KDPlugin"]),
+        ({"plugins": ["axolotl.integrations.diffusion.DiffusionPlugin"]}, ["plugins: stm", "DiffusionPlugin"]),
+        ({"diffusion_lm": {"from_causal_lm": True}}, ["plugins: stm", "diffusion_lm"]),
+        ({"processor_type": "AutoProcessor"}, ["plugins: stm", "processor_type: AutoProcessor"]),
+        ({"is_multimodal": True}, ["plugins: stm", "is_multimodal: true"]),
+        ({"context_parallel_size": 2}, ["plugins: stm", "context_parallel_size: 2"]),
+        ({"tensor_parallel_size": 4}, ["plugins: stm", "tensor_parallel_size: 4"]),
+    ],
+)
+def test_conflicts_name_both_keys(cfg, both):
+    with pytest.raises(ValueError, match="cannot be used with") as error:
+        conflicts.check_conflicts(cfg)
+    assert all(name in str(error.value) for name in both)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {},
+        {"rl": None, "streaming": False, "context_parallel_size": 1},
+        {"plugins": ["stm", LIGER], "liger_rms_norm": True},
+        {"stm_reference": "other/model", "streaming": True},
+    ],
+)
+def test_no_conflict_where_there_is_none(cfg):
+    conflicts.check_conflicts(cfg)
+
+
+def test_a_multimodal_model_is_refused():
+    with pytest.raises(ValueError, match="multimodal"):
+        conflicts.check_text_only({"is_multimodal": True, "base_model": "x/y"})
+    conflicts.check_text_only({"is_multimodal": False})
+
+
+# --- Interpreter start ----------------------------------------------------------------------------------------------
+
+
+def _python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+LINE = (ROOT / "stm_plugin_startup.pth").read_text()
+
+
+def test_the_startup_line_loads_nothing_but_the_hook():
+    code = f"import sys, os; before = set(sys.modules)\n{LINE}\nprint(sorted(set(sys.modules) - before))"
+    assert _python(code) == "['stm_plugin', 'stm_plugin._startup']\n"
+
+
+def test_the_environment_turns_the_hook_off():
+    code = f"import sys\n{LINE}\nprint('stm_plugin' in sys.modules)"
+    assert _python(code) == "True\n"
+    assert _python(code, STM_AXOLOTL_HOOK="0") == "False\n"
+
+
+@pytest.mark.parametrize(
+    "accident",
+    [
+        "import sys; sys.path.clear()",  # uninstalled by hand
+        "import sys; sys.modules['stm_plugin'] = None",
+        "import sys; sys.modules['stm_plugin._startup'] = None",
+        "import os; os.environ = None",
+    ],
+)
+def test_no_accident_breaks_an_interpreter_start(accident):
+    assert "done" in _python(f"{accident}\n{LINE}\nprint('done')")
+
+
+def test_a_broken_package_breaks_no_interpreter_start(tmp_path):
+    (tmp_path / "stm_plugin").mkdir()
+    (tmp_path / "stm_plugin" / "__init__.py").write_text("def (")
+    assert "done" in _python(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{LINE}\nprint('done')")
+
+
+def test_the_startup_line_is_one_line():
+    # site executes a line of a .pth file only if it starts with "import"
+    assert LINE.startswith("import ")
+    assert LINE.count("\n") == 1
+
+
+def _fake_axolotl(folder, body="def prepare_plugins(cfg): cfg['seen'] = cfg.get('plugins')\n"):
+    for name in ("axolotl", "axolotl/cli", "axolotl/utils"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("")
+    (folder / "axolotl/cli/config.py").write_text(body)
+    (folder / "axolotl/utils/config.py").write_text("x = 1\n")
+
+
+def test_the_hook_wraps_what_it_is_for_and_nothing_else(tmp_path):
+    _fake_axolotl(tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{LINE}\n{LINE}\n"
+        "import axolotl.cli.config, axolotl.utils.config, json\n"
+        "cfg = {'plugins': 'my.Plugin'}; axolotl.cli.config.prepare_plugins(cfg)\n"
+        "print(cfg['seen'], json.__spec__.loader.exec_module.__name__, sys.meta_path[0].__name__)\n"
+        "print(sum(f.__class__ is type and f.__name__ == 'AxolotlConfigFinder' for f in sys.meta_path))\n"
+        "print(axolotl.cli.config.__spec__.origin, hasattr(axolotl.utils.config, 'prepare_plugins'))"
+    )
+    out = _python(code).split("\n")
+    assert out[0] == "['my.Plugin'] exec_module AxolotlConfigFinder"
+    assert out[1] == "1"
+    assert out[2] == f"{tmp_path}/axolotl/cli/config.py False"
+
+
+def test_an_axolotl_that_is_missing_or_broken_fails_as_it_would(tmp_path):
+    code = "try: import axolotl.cli.config\nexcept Exception as e: print(type(e).__name__, e)"
+    assert _python(f"{LINE}\n{code}") == _python(code)
+    _fake_axolotl(tmp_path, "raise RuntimeError('broken')")
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    assert _python(f"{path}{LINE}\n{code}") == _python(path + code) == "RuntimeError broken\n"
+
+
+def test_names_loads_neither_torch_nor_axolotl():
+    assert names.__name__ == "stm_plugin.axolotl.names"
+    code = (
+        "import sys; import stm_plugin.axolotl.names, stm_plugin.axolotl.conflicts\n"
+        "print(sorted({'torch', 'axolotl', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
