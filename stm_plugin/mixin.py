@@ -104,6 +104,9 @@ class STMTrainerMixin(_Host):
     data_collator: Any
     _signature_columns: Any
 
+    _stm_logger = logger
+    """Where log lines go; hosts may show the INFO lines of none but their own."""
+
     _stm_trains_first_label = False
     """Whether the host trains a label at a document's position 0, which has no score."""
 
@@ -465,11 +468,11 @@ class STMTrainerMixin(_Host):
 
     def _stm_info(self, message: str, *values: Any) -> None:
         if self.is_world_process_zero():
-            logger.info(message, *values)
+            self._stm_logger.info(message, *values)
 
     def _stm_warn(self, message: str, *values: Any) -> None:
         if self.is_world_process_zero():
-            logger.warning(message, *values)
+            self._stm_logger.warning(message, *values)
 
 
 def _scores_key(model: Any, autocast: Autocast, plan: ScorePlan, device: str) -> ScoresKey:

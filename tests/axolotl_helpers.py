@@ -151,8 +151,10 @@ def oracle(model, rows):
 
 def axolotl(*arguments, cwd, check=True, **environment):
     """Run the command `axolotl`; the finished process, its output as text."""
-    command = [str(Path(sys.executable).parent / "axolotl"), *map(str, arguments)]
-    environment = os.environ | ENVIRONMENT | {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"} | environment
+    scripts = Path(sys.executable).parent
+    command = [str(scripts / "axolotl"), *map(str, arguments)]
+    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | ENVIRONMENT | {"PATH": path, "COLUMNS": "200"} | environment
     done = subprocess.run(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
     )

@@ -1,5 +1,6 @@
 """STM in a trainer that Axolotl has built."""
 
+import logging
 from typing import Any
 
 from ..mixin import STMTrainerMixin
@@ -21,6 +22,7 @@ def put_stm_into(trainer: Any, options: STMOptions) -> None:
     trainer.__class__ = type(host.__name__, (STMTrainerMixin, host), {"__module__": host.__module__})
     for name, value in vars(options).items():
         setattr(trainer.args, name, value)
+    trainer._stm_logger = logging.getLogger("axolotl.stm")  # Axolotl shows INFO lines of no other names
     if trainer.compute_loss_func is None:
         # Axolotl 0.19 denies that nearly any model takes a count, and then averages the means of micro-batches;
         # transformers does not know that the losses that Axolotl puts in the place of its own shift labels.
