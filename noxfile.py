@@ -4,7 +4,7 @@ import nox
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = False
-nox.options.sessions = ["lint", "pure", "trl"]
+nox.options.sessions = ["lint", "pure", "trl", "axolotl-0.19"]
 
 STACKS = ["1.9", "1.16"]
 WITHOUT_TORCH = ["numpy>=1.26", "packaging>=23", "tqdm>=4.66", "xxhash>=3.4"]
@@ -44,11 +44,30 @@ def slow(session, stack):
     session.run("pytest", "-m", "slow", *session.posargs)
 
 
+@nox.session(python="3.11", name="axolotl-0.19")
+def axolotl_0_19(session):
+    """The tests of Axolotl against 0.19 (3.6 GB); `-- -m slow` for those that take minutes."""
+    test_axolotl(session, "0.19")
+
+
+@nox.session(python="3.12", name="axolotl-0.21")
+def axolotl_0_21(session):
+    """The same against 0.21 (6.9 GB, so not among the default sessions)."""
+    test_axolotl(session, "0.21")
+
+
 @nox.session(python="3.11")
 def benchmark(session):
     """Time and memory beside plain SFT, and scoring beside its floor."""
     install_stack(session, "1.16")
     session.run("python", "tests/benchmark.py", *session.posargs)
+
+
+def test_axolotl(session, release):
+    # as two steps: resolving both at once takes pip many times as long
+    session.install(f"axolotl=={release}.0", "-c", f"constraints/axolotl-{release}.txt")
+    session.install("-e", ".[demo,qlora,test]", "-c", f"constraints/axolotl-{release}.txt")
+    session.run("pytest", "-m", "not slow", "-k", "axolotl or example_configs", *session.posargs)
 
 
 def install_stack(session, stack):

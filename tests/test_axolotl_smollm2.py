@@ -108,6 +108,11 @@ class KeepGradient(TrainerCallback):
         }
 
 
+def _bytes(value):
+    """The bits of a tensor: 4-bit weights lie in bfloat16 numbers, some of which are NaN."""
+    return value.flatten().contiguous().view(torch.uint8)
+
+
 def _gradient(trainer):
     keep = KeepGradient()
     trainer.add_callback(keep)
@@ -202,7 +207,7 @@ def test_qlora_learns_and_leaves_its_base_alone(host, smollm2, tmp_path, mbpp):
     assert any(name.endswith(".absmax") for name in before)
     trainer.train()
     after = weights(trainer)
-    changed = [name for name, value in before.items() if not torch.equal(after[name], value)]
+    changed = [name for name, value in before.items() if not torch.equal(_bytes(after[name]), _bytes(value))]
     assert not changed
     run = losses(trainer)
     assert sum(run[-5:]) < sum(run[:5])
