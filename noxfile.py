@@ -63,11 +63,22 @@ def benchmark(session):
     session.run("python", "tests/benchmark.py", *session.posargs)
 
 
+@nox.session(python="3.11", name="benchmark-axolotl")
+def benchmark_axolotl(session):
+    """The same for Axolotl 0.19."""
+    install_axolotl(session, "0.19")
+    session.run("python", "tests/benchmark.py", "--host", "axolotl", *session.posargs)
+
+
 def test_axolotl(session, release):
+    install_axolotl(session, release)
+    session.run("pytest", "-m", "not slow", "-k", "axolotl or example_configs", *session.posargs)
+
+
+def install_axolotl(session, release):
     # as two steps: resolving both at once takes pip many times as long
     session.install(f"axolotl=={release}.0", "-c", f"constraints/axolotl-{release}.txt")
     session.install("-e", ".[demo,qlora,test]", "-c", f"constraints/axolotl-{release}.txt")
-    session.run("pytest", "-m", "not slow", "-k", "axolotl or example_configs", *session.posargs)
 
 
 def install_stack(session, stack):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import Distribution, version
 from pathlib import Path
 
 STEPS = 12
@@ -30,19 +30,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=3, help="runs of each side (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="where the JSON goes")
+    parser.add_argument(
+        "--host", choices=["trl", "axolotl"], default="trl", help="whose trainer is timed (default: %(default)s)"
+    )
     parser.add_argument("--side", choices=["SFT", "STM"], help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--scores", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        train_side(args.side, args.steps, args.scores)
+        train_side(args.host, args.side, args.steps, args.scores)
         return
-    results = {"machine": machine(), "training": compare_training(args.pairs), "scoring": compare_scoring(args.pairs)}
+    results = {"machine": machine(), "start": compare_start(), "training": compare_training(args.host, args.pairs)}
+    if args.host == "trl":
+        results["scoring"] = compare_scoring(args.pairs)
     args.output.write_text(json.dumps(results, indent=2) + "\n")
     print_table(results)
 
 
-def compare_training(pairs: int) -> dict:
+def compare_start(pairs: int = 40) -> dict:
+    """Milliseconds that a bare interpreter takes to start, without and with the start-up hook."""
+    milliseconds: dict[str, list[float]] = {"without": [], "with": []}
+    for pair in range(pairs + 1):
+        for side in milliseconds:
+            environment = os.environ | {"STM_AXOLOTL_HOOK": "0" if side == "without" else "1"}
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", "pass"], env=environment, check=True)
+            if pair:  # the first pair warms up
+                milliseconds[side].append(1000 * (time.perf_counter() - started))
+    medians = {side: statistics.median(values) for side, values in milliseconds.items()}
+    return medians | {"difference": medians["with"] - medians["without"]}
+
+
+def compare_training(host: str, pairs: int) -> dict:
     """Step time and peak memory of STM over those of SFT.
 
     Time: both sides train at once, each in a process of its own, and take turns step by step on the same rows. Memory:
@@ -52,12 +71,12 @@ def compare_training(pairs: int) -> dict:
     peaks: dict[str, list[float]] = {"SFT": [], "STM": []}
     with tempfile.TemporaryDirectory() as scores:
         for _ in range(pairs):
-            for side, steps in take_turns(scores).items():
+            for side, steps in take_turns(host, scores).items():
                 seconds[side] += steps
         shutil.rmtree(scores)
         for side in peaks:
             for _ in range(pairs):  # the first of STM scores too
-                process = start_side(side, scores, MEMORY_STEPS, MALLOC_MMAP_THRESHOLD_=str(64 * 1024))
+                process = start_side(host, side, scores, MEMORY_STEPS, MALLOC_MMAP_THRESHOLD_=str(64 * 1024))
                 peaks[side].append(json.loads(process.communicate("\n" * MEMORY_STEPS)[0].splitlines()[-1]))
     ratios = [stm / sft for sft, stm in zip(seconds["SFT"], seconds["STM"], strict=True)]
     return {
@@ -68,9 +87,9 @@ def compare_training(pairs: int) -> dict:
     }
 
 
-def take_turns(scores: str) -> dict[str, list[float]]:
+def take_turns(host: str, scores: str) -> dict[str, list[float]]:
     """Seconds of each step of both sides, from the word to begin until its end."""
-    sides = {side: start_side(side, scores, STEPS) for side in ("SFT", "STM")}
+    sides = {side: start_side(host, side, scores, STEPS) for side in ("SFT", "STM")}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for side in sides.values():
         side.stdout.readline()  # ready
@@ -88,23 +107,19 @@ def take_turns(scores: str) -> dict[str, list[float]]:
     return seconds
 
 
-def start_side(side: str, scores: str, steps: int, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--side", side, "--steps", str(steps), "--scores", scores]
+def start_side(host: str, side: str, scores: str, steps: int, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--host", host, "--side", side, "--steps", str(steps), "--scores", scores]
     return subprocess.Popen(
         command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
-def train_side(side: str, steps: int, scores: str) -> None:
+def train_side(host: str, side: str, steps: int, scores: str) -> None:
     """Train SmolLM2 with LoRA, each step at a line of the input; a line when a step ends, the peak in MiB at last."""
     answers = os.dup(1)
     os.dup2(2, 1)  # what the libraries print is no answer
     import torch
-    from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from stm_plugin import STMSFTConfig, STMSFTTrainer
 
     def answer(text: object) -> None:
         os.write(answers, f"{text}\n".encode())
@@ -120,28 +135,69 @@ def train_side(side: str, steps: int, scores: str) -> None:
                 sys.stdin.readline()
 
     torch.set_num_threads(os.cpu_count() or 1)
-    model, data = model_and_data()
-    trainer_class, config_class, more = {
-        "SFT": (SFTTrainer, SFTConfig, {}),
-        "STM": (STMSFTTrainer, STMSFTConfig, {"stm_scores_dir": scores}),
-    }[side]
     with tempfile.TemporaryDirectory() as output_dir:
-        config = config_class(
-            output_dir=output_dir,
-            max_steps=steps,
-            per_device_train_batch_size=2,
-            max_length=MAX_LENGTH,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            **more,
-        )
-        lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
-        trainer_class(str(model), config, train_dataset=data, peft_config=lora, callbacks=[TakeTurns()]).train()
+        make = {"trl": trl_trainer, "axolotl": axolotl_trainer}[host]
+        trainer = make(side == "STM", steps, scores, output_dir)
+        torch.set_num_threads(os.cpu_count() or 1)  # a host may have changed it
+        trainer.add_callback(TakeTurns())
+        trainer.train()
     answer(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def trl_trainer(stm: bool, steps: int, scores: str, output_dir: str):
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from stm_plugin import STMSFTConfig, STMSFTTrainer
+
+    model, data = model_and_data()
+    trainer_class, config_class, more = (SFTTrainer, SFTConfig, {})
+    if stm:
+        trainer_class, config_class, more = STMSFTTrainer, STMSFTConfig, {"stm_scores_dir": scores}
+    config = config_class(
+        output_dir=output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        max_length=MAX_LENGTH,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **more,
+    )
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    return trainer_class(str(model), config, train_dataset=data, peft_config=lora)
+
+
+def axolotl_trainer(stm: bool, steps: int, scores: str, output_dir: str):
+    import axolotl.train  # noqa: F401
+    from axolotl_helpers import ON_A_CPU, build
+
+    model, data = model_and_data()
+    chats = Path(output_dir) / "chats.jsonl"
+    chats.write_text("\n".join(json.dumps({"messages": row["prompt"] + row["completion"]}) for row in data))
+    config = ON_A_CPU | {
+        "base_model": str(model),
+        "chat_template": "tokenizer_default",
+        "datasets": [{"path": str(chats), "ds_type": "json", "type": "chat_template", "field_messages": "messages"}],
+        "dataset_prepared_path": f"{output_dir}/prepared",
+        "output_dir": output_dir,
+        "sequence_len": MAX_LENGTH,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_steps": steps,
+        "num_epochs": 2,
+        "learning_rate": 2e-4,
+        "save_strategy": "no",
+        "adapter": "lora",
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "lora_target_linear": True,
+    }
+    return build(config | ({"plugins": "stm", "stm_scores_dir": scores} if stm else {}))
 
 
 def compare_scoring(pairs: int) -> dict:
@@ -222,7 +278,7 @@ def tokenized(tokenizer, row) -> tuple[list[int], list[int]]:
 
 
 def machine() -> dict:
-    packages = ("torch", "transformers", "trl", "peft", "stm-plugin")
+    packages = ("torch", "transformers", "trl", "axolotl", "peft", "stm-plugin")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     processor = platform.processor() or platform.machine()
     return {
@@ -230,18 +286,20 @@ def machine() -> dict:
         "cores": os.cpu_count(),
         "processor": processor,
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {name: version(name) for name in packages if list(Distribution.discover(name=name))},
         "commit": commit.stdout.strip() or None,
     }
 
 
 def print_table(results: dict) -> None:
+    start = results["start"]
+    print(f"start of python -c pass: {start['without']:.1f} ms, with the hook {start['difference']:+.2f} ms")
     training = results["training"]
     print(f"STM / SFT, {len(training['step_seconds']['STM'])} pairs of steps")
     for name, unit in (("step_seconds", "s a step"), ("peak_mib", "MiB peak")):
         sides = [statistics.median(training[name][side]) for side in ("SFT", "STM")]
         print(f"  {sides[0]:9.3f} and {sides[1]:9.3f} {unit:9}  ratio {training[f'{name}_ratio']:.3f}")
-    for dtype, row in results["scoring"].items():
+    for dtype, row in results.get("scoring", {}).items():
         rates = row["tokens_per_second"]
         print(f"scoring, {dtype}: {rates['scoring']:.0f} tokens/s, floor {rates['floor']:.0f}, share", end=" ")
         print(f"{row['share_of_floor']:.3f}")

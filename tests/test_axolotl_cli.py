@@ -132,30 +132,64 @@ def test_evaluate_does_not_score(run, tmp_path):
     assert not (tmp_path / "stm-home").exists()
 
 
+IN_TWO_PROCESSES = {
+    "max_steps": 4,
+    "num_epochs": 4,
+    "micro_batch_size": 1,
+    "curriculum_sampling": True,  # so that the rows of a step are the same however it is cut
+    "max_memory": {"cpu": "8GiB"},  # or Axolotl places the model of rank 1 on a GPU
+    "save_strategy": "steps",
+    "save_steps": 4,
+}
+
+
+def _logged(checkpoint):
+    """Loss and gradient norm of every step."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return [entry[name] for entry in state["log_history"] if "loss" in entry for name in ("loss", "grad_norm")]
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(run, make_config, tmp_path):
     """Masks are the same, and the losses those of one process with batches of both."""
-    steps = {"max_steps": 4, "num_epochs": 4, "micro_batch_size": 1, "curriculum_sampling": True}
-    steps |= {"max_memory": {"cpu": "8GiB"}}  # or Axolotl places the model of rank 1 on a GPU
-    run("plugins: stm", **steps | {"gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")})
+    run("plugins: stm", **IN_TWO_PROCESSES | {"gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")})
     arguments = ("--launcher", "accelerate", "--", "--cpu", "--num_processes=2")
-    done = run("plugins: stm", arguments=arguments, **steps | {"output_dir": str(tmp_path / "two")})
+    done = run("plugins: stm", arguments=arguments, **IN_TWO_PROCESSES | {"output_dir": str(tmp_path / "two")})
     assert done.stdout.count(ON) == 1
     assert receipt(tmp_path / "one")["mask_digest"] == receipt(tmp_path / "two")["mask_digest"]
+    one, two = (_logged(tmp_path / name / "checkpoint-4") for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_at_inf_equal_axolotl_with_both_switches(run, tmp_path):
+    (tmp_path / "switches.py").write_text(
+        "from axolotl.integrations.base import BasePlugin\n"
+        "class Switches(BasePlugin):\n"
+        "    def post_trainer_create(self, cfg, trainer):\n"
+        "        trainer.model_accepts_loss_kwargs = True\n"
+        "        trainer.args.average_tokens_across_devices = True\n"
+    )
+    keys = IN_TWO_PROCESSES | {"gradient_accumulation_steps": 2}
+    arguments = ("--launcher", "accelerate", "--", "--cpu", "--num_processes=2")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    plain = keys | {"stm_threshold": None, "output_dir": str(tmp_path / "plain")}
+    run("plugins: [switches.Switches]", arguments=arguments, environment=environment, **plain)
+    stm = keys | {"stm_threshold": math.inf, "output_dir": str(tmp_path / "stm")}
+    run("plugins: stm", arguments=arguments, **stm)
+    assert receipt(tmp_path / "stm")["masked_tokens"] == 0
+    assert _logged(tmp_path / "plain" / "checkpoint-4") == _logged(tmp_path / "stm" / "checkpoint-4")
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(run, tmp_path):
     keys = LORA | {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "num_epochs": 2}
     run("plugins: stm", **keys)
-    whole = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
     start = receipt(tmp_path / "out")
     checkpoint = tmp_path / "out" / "checkpoint-2"
     run("plugins: stm", **keys | {"resume_from_checkpoint": str(checkpoint), "output_dir": str(tmp_path / "resumed")})
-    resumed = json.loads((tmp_path / "resumed" / "checkpoint-6" / "trainer_state.json").read_text())
     assert receipt(tmp_path / "resumed")["mask_digest"] == start["mask_digest"]
-    losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in (whole, resumed)]
-    assert losses[0] == losses[1]
+    assert _logged(tmp_path / "resumed" / "checkpoint-6") == _logged(tmp_path / "out" / "checkpoint-6")
 
 
 @pytest.mark.parametrize("kind", ["qlora", "8 bit"])

@@ -266,3 +266,23 @@ def test_names_loads_neither_torch_nor_axolotl():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
+def test_the_hook_comes_with_the_package_and_leaves_with_it(editable, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run([*pip, "install", "--no-deps", *(["-e"] if editable else []), ROOT], capture_output=True)
+    if b"Could not find a version" in done.stderr or b"Failed to establish" in done.stderr:
+        pytest.skip("needs a package index for the build backend")
+    assert done.returncode == 0, done.stderr.decode()
+    code = "import sys; print('stm_plugin._startup' in sys.modules)"
+
+    def has_hook():
+        return subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert has_hook() == "True\n"
+    subprocess.run([*pip, "uninstall", "-y", "stm-plugin"], check=True, capture_output=True)
+    assert has_hook() == "False\n"
+    assert not list((tmp_path / "env").rglob("stm_plugin*"))

@@ -15,6 +15,7 @@ from axolotl_helpers import (
     LORA,
     base_model,
     build,
+    load,
     losses,
     make_config,
     one_process,
@@ -141,6 +142,46 @@ def test_masks_beside_other_options(keys, make_config, make_model, tokenizer):
     if trainer.eval_dataset is not None:
         plain = build(config | {"plugins": None, "stm_threshold": None})
         assert [row["labels"] for row in trainer.eval_dataset] == [row["labels"] for row in plain.eval_dataset]
+
+
+FUSED = {
+    "liger": ("axolotl.integrations.liger.LigerPlugin", "liger_fused_linear_cross_entropy"),
+    "cut cross entropy": ("axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin", "cut_cross_entropy"),
+}
+
+
+@pytest.mark.parametrize("kernel", FUSED)
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+def test_fused_losses_get_the_labels_they_ask_for(kernel, packing, make_config):
+    """Both kernels train the labels of the batch that are not -100, so that is where the masks must be."""
+    plugin, key = FUSED[kernel]
+    on_a_gpu = {"bf16": True} if kernel == "cut cross entropy" else {}
+    cfg = load(make_config(plugins=[plugin, "stm"], stm_threshold=THRESHOLD, **{key: True}, **on_a_gpu))
+    assert cfg.plugins == [plugin, "stm_plugin.STMPlugin"]
+    assert cfg[key] is True
+    trainer = build(make_config(**STM, sample_packing=packing))
+    trainer.stm_score()
+    for batch in trainer._stm_train_dataloader():
+        assert batch["labels"].dtype == torch.int64
+        assert batch["labels"].shape == batch["input_ids"].shape
+        kept = batch["labels"] != IGNORE
+        assert (batch["labels"][kept] == batch["input_ids"][kept]).all()
+        assert "shift_labels" not in batch
+    kept = sum(int((batch["labels"] != IGNORE).sum()) for batch in trainer._stm_train_dataloader())
+    facts = trainer._stm_run.receipt
+    assert kept == facts["label_tokens"] - facts["masked_tokens"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels of Liger and Cut Cross Entropy need a GPU")
+@pytest.mark.parametrize("kernel", FUSED)
+def test_training_with_fused_losses(kernel, make_config, tmp_path):
+    plugin, key = FUSED[kernel]
+    # the mapping of a config that trains on a GPU, in bfloat16
+    config = make_config(stm_threshold=THRESHOLD, bf16=True, num_epochs=2)
+    plain = train(config | {"plugins": ["stm"], "output_dir": str(tmp_path / "plain")})
+    fused = train(config | {"plugins": [plugin, "stm"], key: True, "output_dir": str(tmp_path / "fused")})
+    assert receipt(tmp_path / "plain")["mask_digest"] == receipt(tmp_path / "fused")["mask_digest"]
+    assert losses(fused) == pytest.approx(losses(plain), rel=0.02)
 
 
 def test_test_datasets_are_not_masked(make_config, make_model, tokenizer):
