@@ -87,8 +87,10 @@ def make_config(base_model, chats, tmp_path):
 def load(config):
     """The validated config, as `axolotl train` loads it."""
     from axolotl.cli.config import load_cfg
+    from axolotl.integrations.base import PluginManager
     from axolotl.utils.dict import DictDefault
 
+    PluginManager.get_instance().plugins.clear()  # it keeps those of every config that the process has read
     return load_cfg(DictDefault(config))
 
 
