@@ -41,7 +41,7 @@ class Sweep:
         scores = nll.astype(np.float64)
         return cls(
             len(nll),
-            {q: _perplexity(np.quantile(scores, q)) for q in QUANTILES},
+            {q: _perplexity(np.quantile(scores, q, method="lower")) for q in QUANTILES},
             {tau: float((scores > math.log(tau)).mean()) for tau in thresholds},
             _perplexity(fraction_threshold_nats(nll, PAPER_FRACTION)),
         )

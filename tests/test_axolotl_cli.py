@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -124,6 +125,24 @@ def test_preprocess_then_score_then_train(run, tmp_path):
     done = run("plugins: stm", command="merge-lora", arguments=(), **LORA)
     assert ON not in done.stdout
     assert (tmp_path / "out" / "merged" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        ("inference", {}),
+        ("quantize", {"quantization": {"weight_dtype": "int8", "activation_dtype": "int8"}}),
+    ],
+)
+def test_other_commands_take_the_same_config_and_do_not_score(command, keys, run, tmp_path):
+    run("plugins: stm", save_safetensors=None)
+    arguments = ("--launcher", "python") if command == "inference" else ()
+    shutil.rmtree(tmp_path / "stm-home")
+    done = run("plugins: stm", command=command, arguments=arguments, check=False, **keys)
+    assert ON not in done.stdout
+    assert not (tmp_path / "stm-home").exists()
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_evaluate_does_not_score(run, tmp_path):
