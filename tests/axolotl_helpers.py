@@ -158,7 +158,14 @@ def axolotl(*arguments, cwd, check=True, **environment):
     path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | ENVIRONMENT | {"PATH": path, "COLUMNS": "200"} | environment
     done = subprocess.run(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+        command,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
     )
     assert not check or done.returncode == 0, done.stdout[-6000:]
     return done
