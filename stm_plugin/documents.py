@@ -83,6 +83,61 @@ class Documents:
         return cls._build(ids, labels, id_lengths, label_lengths, segments, segment_sums)
 
     @classmethod
+    def from_batch(
+        cls,
+        input_ids: np.ndarray,
+        labels: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        position_ids: np.ndarray | None = None,
+    ) -> tuple["Documents", np.ndarray]:
+        """Documents of a collated batch: padded rows, or packs in which every document's positions start at 0.
+
+        Args:
+            input_ids: Token ids, shape `(B, T)`.
+            labels: Labels, shape `(B, T)`.
+            attention_mask: 0 at padding; packs may number their documents in it. Shape `(B, T)`.
+            position_ids: Shape `(B, T)`.
+
+        Returns:
+            The documents, one a row, without padding; and the flat index of each of their tokens in the batch, shape
+            `(total,)`.
+        """
+        shape = input_ids.shape
+        real = np.ones(shape, dtype=bool) if attention_mask is None else attention_mask != 0
+        starts = np.zeros(shape, dtype=bool)
+        starts[:, 0] = True
+        starts[:, 1:] |= ~real[:, :-1]
+        if position_ids is not None:
+            starts |= np.broadcast_to(position_ids, shape) == 0
+        if attention_mask is not None:
+            starts[:, 1:] |= attention_mask[:, 1:] != attention_mask[:, :-1]
+        where = np.flatnonzero(real)
+        offsets = np.append(np.flatnonzero(starts.ravel()[where]), len(where))
+        documents = cls(
+            np.ascontiguousarray(input_ids.ravel()[where], dtype=np.int32),
+            np.ascontiguousarray(labels.ravel()[where], dtype=np.int32),
+            offsets,
+            offsets,
+        )
+        return documents, where
+
+    @classmethod
+    def concatenate(cls, parts: "list[Documents]") -> "Documents":
+        """All documents of several sets, one set after the other."""
+        starts = np.concatenate(([0], np.cumsum([len(part.input_ids) for part in parts])))
+
+        def joined(offsets: list[np.ndarray]) -> np.ndarray:
+            moved = [start + some[:-1] for start, some in zip(starts, offsets, strict=False)]
+            return np.concatenate([*moved, starts[-1:]])
+
+        return cls(
+            np.concatenate([part.input_ids for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+            joined([part.document_offsets for part in parts]),
+            joined([part.row_offsets for part in parts]),
+        )
+
+    @classmethod
     def _build(
         cls,
         input_ids: np.ndarray,

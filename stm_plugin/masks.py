@@ -58,6 +58,38 @@ class Masks:
         return int(((had > 0) & (had == self.masked_per_row)).sum())
 
 
+@dataclass
+class LiveTotals:
+    """Running totals of a run, over all ranks.
+
+    Attributes:
+        steps: Optimizer steps masked.
+        label_tokens: Label tokens seen, once for each time.
+        masked_tokens: Those of them that were masked.
+        stop_tokens: Stop tokens among them.
+        stop_tokens_masked: Those that were masked.
+        threshold_nats: Threshold of the last step; None before the first.
+    """
+
+    steps: int = 0
+    label_tokens: int = 0
+    masked_tokens: int = 0
+    stop_tokens: int = 0
+    stop_tokens_masked: int = 0
+    threshold_nats: float | None = None
+
+    def add(
+        self, threshold_nats: float, label_tokens: int, masked_tokens: int, stop_tokens: int, stop_tokens_masked: int
+    ) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.label_tokens += label_tokens
+        self.masked_tokens += masked_tokens
+        self.stop_tokens += stop_tokens
+        self.stop_tokens_masked += stop_tokens_masked
+        self.threshold_nats = threshold_nats
+
+
 def make_masks(documents: Documents, nll: np.ndarray, options: STMOptions, stop_token_ids: set[int]) -> Masks:
     """Mask a training set.
 
@@ -78,33 +110,57 @@ def make_masks(documents: Documents, nll: np.ndarray, options: STMOptions, stop_
             "The training set has no label token: every label is -100, or stands at the start of its document. Check "
             "the chat template and the options that decide which tokens are trained."
         )
-    check_scores(nll)
-    label_ids = documents.label_ids
-    is_stop = np.isin(label_ids, list(stop_token_ids))
-    candidates = ~is_stop if options.stm_keep_stop_tokens else None
-    if options.stm_mask_fraction is not None:
-        threshold_nats = fraction_threshold_nats(
-            nll if candidates is None else nll[candidates], options.stm_mask_fraction
-        )
-    else:
-        assert options.threshold is not None
-        threshold_nats = math.log(options.threshold)
-    masked_labels = select_masked(
-        nll,
-        documents.tokens_per_document,
-        threshold_nats=threshold_nats,
-        strategy=options.stm_strategy,
-        seed=options.stm_seed,
-        label_ids=label_ids,
-        candidates=candidates,
-    )
-    if masked_labels.all():
+    threshold_nats = threshold_in_nats(candidate_scores(documents, nll, options, stop_token_ids), options)
+    masks = apply_threshold(documents, nll, threshold_nats, options, stop_token_ids)
+    if masks.num_masked == len(nll):
         smallest = _perplexity(nll.min())
         raise ValueError(
             f"Every one of the {len(nll)} label tokens has a perplexity above stm_threshold={options.threshold}, so "
             f"nothing is left to train on. The smallest perplexity is {smallest:.6g}; {_threshold_for_share(nll):.6g} "
             "would mask about 22 %. Look first whether the chat template is the model's own."
         )
+    return masks
+
+
+def candidate_scores(
+    documents: Documents, nll: np.ndarray, options: STMOptions, stop_token_ids: set[int]
+) -> np.ndarray:
+    """Scores of the label tokens that may be masked, from which a fraction takes its threshold."""
+    return nll[~_is_stop(documents, stop_token_ids)] if options.stm_keep_stop_tokens else nll
+
+
+def threshold_in_nats(candidates: np.ndarray, options: STMOptions) -> float:
+    """The threshold of a training set, or of a step: the option's own, or the one that a fraction gives.
+
+    Args:
+        candidates: NLL in nats of the label tokens that may be masked, over all ranks.
+        options: Checked STM options.
+
+    Raises:
+        ValueError: For a NaN score, or a fraction of no tokens.
+    """
+    check_scores(candidates)
+    if options.stm_mask_fraction is not None:
+        return fraction_threshold_nats(candidates, options.stm_mask_fraction)
+    assert options.threshold is not None
+    return math.log(options.threshold)
+
+
+def apply_threshold(
+    documents: Documents, nll: np.ndarray, threshold_nats: float, options: STMOptions, stop_token_ids: set[int]
+) -> Masks:
+    """Mask documents with a threshold that is known (see `make_masks`); all, some or none of their label tokens."""
+    check_scores(nll)
+    is_stop = _is_stop(documents, stop_token_ids)
+    masked_labels = select_masked(
+        nll,
+        documents.tokens_per_document,
+        threshold_nats=threshold_nats,
+        strategy=options.stm_strategy,
+        seed=options.stm_seed,
+        label_ids=documents.label_ids,
+        candidates=~is_stop if options.stm_keep_stop_tokens else None,
+    )
     masked = np.zeros(len(documents.labels), dtype=bool)
     masked[documents.label_mask] = masked_labels
     return Masks(
@@ -115,6 +171,11 @@ def make_masks(documents: Documents, nll: np.ndarray, options: STMOptions, stop_
         int(is_stop.sum()),
         int((is_stop & masked_labels).sum()),
     )
+
+
+def _is_stop(documents: Documents, stop_token_ids: set[int]) -> np.ndarray:
+    """Whether each label token ends a turn or a text, shape `(N,)`."""
+    return np.isin(documents.label_ids, list(stop_token_ids))
 
 
 def _threshold_for_share(nll: np.ndarray, share: float = 0.22) -> float:

@@ -10,6 +10,9 @@ seams, and all that is overridden:
 - `get_batch_samples`: counts for the metrics; a step without kept tokens divides by 1.
 - `save_model`, `log`: the receipt and the metrics.
 
+With `stm_reference: current` nothing is scored ahead: `get_batch_samples`, which sees all micro-batches of a step
+before any is counted or trained, masks them under the live weights.
+
 `stm_score()` goes through the same door and stops before the first step.
 """
 
@@ -23,8 +26,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import datasets
+import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -33,12 +37,21 @@ from .collators import MaskCounter, check_collator
 from .constants import IGNORE_INDEX, MASKED_COLUMN
 from .documents import Documents, with_columns
 from .fingerprint import model_fingerprint, quantization, weights_dtype
+from .live import mask_batches
 from .logs import show_log_lines
-from .masks import Masks, make_masks
-from .options import REFERENCE_INITIAL, STMOptions
+from .masks import LiveTotals, Masks, make_masks
+from .options import REFERENCE_CURRENT, REFERENCE_INITIAL, STMOptions
 from .plan import ScorePlan
 from .randomness import RandomState, preserved_random_state
-from .receipt import OPTIONS_OF_THE_MASK, Receipt, make_receipt, read_receipt, write_receipt
+from .receipt import (
+    OPTIONS_OF_THE_MASK,
+    Receipt,
+    live_totals,
+    make_live_receipt,
+    make_receipt,
+    read_receipt,
+    write_receipt,
+)
 from .reference import check_same_tokens, loaded_reference
 from .scoring import check_scorable, score
 from .store import ScoresError, ScoresKey, ScoreStore
@@ -64,7 +77,12 @@ class STMState(TrainerCallback, ExportableState):
     """Carries the receipt into `trainer_state.json`, where a resumed run reads it."""
 
     def __init__(self) -> None:
-        self.receipt: Receipt | None = None
+        self.make_receipt: Callable[[], Receipt] | None = None
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """The receipt as of now; None before the run is masked."""
+        return self.make_receipt() if self.make_receipt is not None else None
 
     def state(self) -> dict[str, Any]:
         """What `Trainer` saves."""
@@ -119,11 +137,14 @@ class STMTrainerMixin(_Host):
         self._stm_loader_state = RandomState()
         self._stm_counts: dict[str, Any] = {}
         self._stm_only_scores = False
+        self._stm_totals: LiveTotals | None = None
         options = STMOptions.from_args(self.args)
-        self._stm_check_supported()
-        documents = _unmasked_documents(self.train_dataset)
-        self._stm_check_reference(options, documents)
-        self._stm_from_main(ScoreStore(options.stm_scores_dir).check_writable)
+        self._stm_check_supported(options)
+        if options.stm_reference == REFERENCE_CURRENT:
+            check_unmasked(self.train_dataset)
+        else:
+            self._stm_check_reference(options, _unmasked_documents(self.train_dataset))
+            self._stm_from_main(ScoreStore(options.stm_scores_dir).check_writable)
         self.add_callback(self._stm_state)
         if not self.args.average_tokens_across_devices:
             self.args.average_tokens_across_devices = True
@@ -145,12 +166,12 @@ class STMTrainerMixin(_Host):
                 documents.input_ids,
             )
 
-    def _stm_check_supported(self) -> None:
-        if not isinstance(self.train_dataset, datasets.Dataset):
+    def _stm_check_supported(self, options: STMOptions) -> None:
+        if options.stm_reference != REFERENCE_CURRENT and not isinstance(self.train_dataset, datasets.Dataset):
             raise ValueError(
-                "stm_reference='initial' scores the training set before the first step, which a streaming or custom "
-                f"data set ({type(self.train_dataset).__name__}) does not allow. Load it as a datasets.Dataset "
-                "(streaming=False)."
+                f"stm_reference={options.stm_reference!r} scores the training set before the first step, which a "
+                f"streaming or custom data set ({type(self.train_dataset).__name__}) does not allow. Load it as a "
+                "datasets.Dataset (streaming=False), or set stm_reference to 'current'."
             )
         check_scorable(self.model)
         parallelism = self.accelerator.parallelism_config
@@ -175,6 +196,10 @@ class STMTrainerMixin(_Host):
         Returns:
             What was scored and masked.
         """
+        if STMOptions.from_args(self.args).stm_reference == REFERENCE_CURRENT:
+            raise ValueError(
+                "stm_reference='current' scores at every step of training; there is nothing to score ahead."
+            )
         self._stm_only_scores = True
         try:
             self.train()
@@ -192,6 +217,9 @@ class STMTrainerMixin(_Host):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if STMOptions.from_args(self.args).stm_reference == REFERENCE_CURRENT:
+            self._stm_start_live(resume_from_checkpoint)
+            return model, train_dataloader
         with preserved_random_state():
             self._stm_mask(resume_from_checkpoint)
             if self._stm_only_scores:
@@ -202,7 +230,8 @@ class STMTrainerMixin(_Host):
         return model, train_dataloader
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_in_train and self._stm_run is None and model is None:
+        live = STMOptions.from_args(self.args).stm_reference == REFERENCE_CURRENT
+        if self.is_in_train and self._stm_run is None and model is None and not live:
             with preserved_random_state():
                 self._stm_score_before_resuming(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -234,12 +263,97 @@ class STMTrainerMixin(_Host):
             self._stm_check_resumed(checkpoint, run)
         self._stm_run, self.train_dataset = run, run.masked
         self._stm_model = weakref.ref(self.model)
-        self._stm_state.receipt = run.receipt
+        self._stm_state.make_receipt = lambda: run.receipt
         self.state.stateful_callbacks[STMState.__name__] = self._stm_state.state()
         self._stm_counts = {}
         self._stm_announce(run.receipt, origin)
         if self.args.should_save:
             write_receipt(run.receipt, self.args.output_dir)
+
+    def _stm_start_live(self, checkpoint: str | None) -> None:
+        """Begin a run that is masked under its live weights, or go on with one."""
+        options = STMOptions.from_args(self.args)
+        if self._stm_run is not None:
+            raise ValueError(
+                "stm_reference changed to 'current' after the training set was masked. Make a new trainer."
+            )
+        self._stm_totals = LiveTotals()
+        if checkpoint is not None:
+            original = _receipt_of(checkpoint)
+            self._stm_check_same_options(checkpoint, original, make_live_receipt(options, self._stm_totals))
+            self._stm_totals = live_totals(original)
+        self._stm_counts = {}
+        self._stm_state.make_receipt = self._stm_live_receipt
+        self._stm_info(
+            "STM is on: at every step, label tokens of perplexity above %s under the live weights are masked "
+            "(strategy %s, reference current), for one more forward pass. The training loss is over kept tokens: "
+            "compare eval_loss, not it, with a plain run's.",
+            f"that of the step's own share {options.stm_mask_fraction}"
+            if options.threshold is None
+            else options.threshold,
+            options.stm_strategy,
+        )
+        if self.args.should_save:
+            write_receipt(self._stm_live_receipt(), self.args.output_dir)
+
+    def _stm_live_receipt(self) -> Receipt:
+        assert self._stm_totals is not None
+        with self.accelerator.autocast():
+            device = self.args.device.type
+            autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
+        return make_live_receipt(
+            STMOptions.from_args(self.args),
+            self._stm_totals,
+            dtype=weights_dtype(self.model).split(","),
+            autocast=autocast,
+            normalization="global" if self._stm_counts_tokens() else "host",
+        )
+
+    def _stm_mask_live(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """Mask a step's micro-batches in place; kept and masked tokens over all ranks, shape `(2,)`."""
+        assert self._stm_totals is not None
+        options = STMOptions.from_args(self.args)
+
+        def scores_of(documents: Documents) -> Any:
+            plan = ScorePlan.of(documents)
+            scores = score(
+                self.model,
+                plan,
+                tokens_per_batch=options.stm_tokens_per_batch,
+                autocast=self.accelerator.autocast,
+                progress=False,
+            )
+            return plan.spread(scores)
+
+        def gathered(scores: Any) -> Any:
+            several = self.args.world_size > 1 and options.stm_mask_fraction is not None
+            return np.concatenate(gather_object([scores])) if several else scores
+
+        with preserved_random_state():
+            masks = mask_batches(batches, options, self._stm_stop_token_ids(), scores_of, gathered)
+        if not self._stm_loss_takes_count() and any((batch["labels"] == IGNORE_INDEX).all() for batch in batches):
+            raise ValueError(
+                "A micro-batch keeps no token, and would divide by zero: the loss of "
+                f"{type(self.model).__name__} takes no count of tokens. Raise stm_threshold, or use larger batches."
+            )
+        counts = [
+            len(masks.documents.label_ids),
+            masks.num_masked,
+            masks.num_stop_tokens,
+            masks.num_masked_stop_tokens,
+        ]
+        totals = torch.tensor(counts, device=self.args.device)
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, "sum")
+        label_tokens, masked, stops, masked_stops = totals.tolist()
+        self._stm_totals.steps += 1
+        self._stm_totals.label_tokens += label_tokens
+        self._stm_totals.masked_tokens += masked
+        self._stm_totals.stop_tokens += stops
+        self._stm_totals.stop_tokens_masked += masked_stops
+        self._stm_totals.threshold_nats = masks.threshold_nats
+        self._stm_update_live_receipt()
+        return torch.tensor([label_tokens - masked, masked])
 
     def _stm_apply(self, masks: Masks, run: MaskedRun) -> MaskedRun:
         """The run with its masked data set, which the collator has been checked to keep masked, and its receipt."""
@@ -368,14 +482,17 @@ class STMTrainerMixin(_Host):
             )
         return key
 
-    def _stm_check_resumed(self, checkpoint: str, run: MaskedRun) -> None:
-        original = _receipt_of(checkpoint)
+    def _stm_check_same_options(self, checkpoint: str, original: Receipt, receipt: Receipt) -> None:
         for name in OPTIONS_OF_THE_MASK:
-            if original[name] != run.receipt[name] and not (name == "threshold_nats" and original["mask_fraction"]):
+            if original[name] != receipt[name] and not (name == "threshold_nats" and original["mask_fraction"]):
                 raise ValueError(
-                    f"{checkpoint} was trained with {name}={original[name]!r}, this run has {run.receipt[name]!r}. A "
+                    f"{checkpoint} was trained with {name}={original[name]!r}, this run has {receipt[name]!r}. A "
                     "resumed run keeps the masks of its start: set the option back, or start a new run."
                 )
+
+    def _stm_check_resumed(self, checkpoint: str, run: MaskedRun) -> None:
+        original = _receipt_of(checkpoint)
+        self._stm_check_same_options(checkpoint, original, run.receipt)
         if original["mask_digest"] != run.receipt["mask_digest"]:
             raise ValueError(
                 f"The masks of this run are not those of {checkpoint} (digest {run.receipt['mask_digest'][:12]}… "
@@ -411,6 +528,13 @@ class STMTrainerMixin(_Host):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The host's micro-batches of a step, with at least 1 as their number of kept tokens."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._stm_totals is not None and batches:
+            counts = self._stm_mask_live(batches)
+            self._stm_counts["sum"] = self._stm_counts.get("sum", 0) + counts
+            num_items_in_batch = self._get_num_items_in_batch(batches, device)
+            if torch.is_tensor(num_items_in_batch):
+                num_items_in_batch = num_items_in_batch.clamp(min=1)
+            return batches, num_items_in_batch
         num_masked = sum(batch.pop(MASKED_COLUMN).sum() for batch in batches if MASKED_COLUMN in batch)
         num_kept = sum((batch["labels"][..., 1:] != IGNORE_INDEX).sum() for batch in batches)
         if torch.is_tensor(num_masked) and torch.is_tensor(num_kept):
@@ -424,18 +548,19 @@ class STMTrainerMixin(_Host):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add STM's metrics to the logs of training."""
-        if self._stm_run is not None and ("loss" in logs or "train_loss" in logs) and "sum" in self._stm_counts:
+        receipt = self._stm_state.receipt
+        if receipt is not None and ("loss" in logs or "train_loss" in logs) and "sum" in self._stm_counts:
             num_kept, num_masked = self._stm_counts.pop("sum").tolist()
             logs["stm/kept_tokens"] = num_kept
             logs["stm/masked_fraction"] = num_masked / max(1, num_kept + num_masked)
-            if self._stm_run.receipt["threshold"] != "inf":  # JSON, and so trainer_state.json, has no infinity
-                logs["stm/threshold"] = self._stm_run.receipt["threshold"]
+            if receipt["threshold"] != "inf":  # JSON, and so trainer_state.json, has no infinity
+                logs["stm/threshold"] = receipt["threshold"]
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the receipt beside the model."""
-        if self._stm_run is not None and self.args.should_save:
-            write_receipt(self._stm_run.receipt, output_dir or self.args.output_dir)
+        if self._stm_state.receipt is not None and self.args.should_save:
+            write_receipt(self._stm_state.receipt, output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
 
     def _stm_counts_tokens(self) -> bool:

@@ -36,9 +36,9 @@ class STMOptions:
     stm_reference: str = field(
         default=REFERENCE_INITIAL,
         metadata={
-            "help": "Whose perplexities count: `initial` (the model as training starts, scored once) or the path or "
-            "id "
-            "of another model with the same tokenizer."
+            "help": "Whose perplexities count: `initial` (the model as training starts, scored once), `current` (the "
+            "live weights, scored anew at every step: one more forward pass) or the path or id of another model with "
+            "the same tokenizer."
         },
     )
     stm_reference_kwargs: dict[str, Any] | str | None = field(
@@ -115,22 +115,22 @@ class STMOptions:
         check_seed(self.stm_seed)
         if not isinstance(self.stm_reference, str) or not self.stm_reference:
             raise ValueError(
-                f"stm_reference must be 'initial' or the path or id of a model, got {self.stm_reference!r}."
+                f"stm_reference must be 'initial', 'current' or the path or id of a model, got {self.stm_reference!r}."
             )
-        if self.stm_reference == REFERENCE_CURRENT:
+        if self.stm_reference == REFERENCE_CURRENT and self.stm_scores_dir is not None:
             raise ValueError(
-                "stm_reference='current' (perplexities under the live weights) is not available in this version. Use "
-                "'initial', or the path or id of another model."
+                f"stm_scores_dir={self.stm_scores_dir!r} has no effect while stm_reference is 'current', which scores "
+                "anew at every step and keeps nothing. Remove it, or set stm_reference to 'initial'."
             )
         if self.stm_reference_kwargs is not None:
             if not isinstance(self.stm_reference_kwargs, dict):
                 raise ValueError(
                     f"stm_reference_kwargs must be a mapping of keyword arguments, got {self.stm_reference_kwargs!r}."
                 )
-            if self.stm_reference == REFERENCE_INITIAL:
+            if self.stm_reference in (REFERENCE_INITIAL, REFERENCE_CURRENT):
                 raise ValueError(
                     f"stm_reference_kwargs={self.stm_reference_kwargs!r} has no effect while stm_reference is "
-                    "'initial'. Remove it, or set stm_reference to the model that it is meant for."
+                    f"{self.stm_reference!r}. Remove it, or set stm_reference to the model that it is meant for."
                 )
         if not isinstance(self.stm_keep_stop_tokens, bool):
             raise ValueError(f"stm_keep_stop_tokens must be true or false, got {self.stm_keep_stop_tokens!r}.")

@@ -4,13 +4,14 @@ import json
 import math
 import os
 import platform
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .constants import RECEIPT_NAME
-from .masks import Masks
+from .masks import LiveTotals, Masks
 from .options import STMOptions
 from .store import ScoresKey
 
@@ -42,15 +43,8 @@ def make_receipt(masks: Masks, options: STMOptions, key: ScoresKey, entry: Path,
     Returns:
         A dictionary that JSON can hold; an infinite threshold is the string `inf`.
     """
-    threshold = math.exp(min(masks.threshold_nats, 700)) if options.threshold is None else options.threshold
     return {
-        "threshold": _finite_or_inf(threshold),
-        "threshold_nats": _finite_or_inf(masks.threshold_nats),
-        "mask_fraction": options.stm_mask_fraction,
-        "strategy": options.stm_strategy,
-        "seed": options.stm_seed,
-        "keep_stop_tokens": options.stm_keep_stop_tokens,
-        "reference": options.stm_reference,
+        **_options_of(options, masks.threshold_nats),
         "label_tokens": masks.documents.num_label_tokens,
         "masked_tokens": masks.num_masked,
         "masked_fraction": masks.masked_fraction,
@@ -64,8 +58,58 @@ def make_receipt(masks: Masks, options: STMOptions, key: ScoresKey, entry: Path,
         "scores_entry": str(entry),
         "scores_key": vars(key).copy(),
         "mask_digest": masks.documents.digest(masks.labels),
-        "versions": {"stm_plugin": __version__, "python": platform.python_version()} | _installed_versions(),
+        "versions": _versions(),
     }
+
+
+def make_live_receipt(options: STMOptions, totals: LiveTotals, **facts: Any) -> Receipt:
+    """The receipt of a run with `stm_reference: current`: running totals in the place of a digest.
+
+    Args:
+        options: The options in force.
+        totals: Totals so far, over all ranks.
+        facts: What only the trainer knows.
+    """
+    return {
+        **_options_of(options, totals.threshold_nats),
+        "steps": totals.steps,
+        "label_tokens": totals.label_tokens,
+        "masked_tokens": totals.masked_tokens,
+        "masked_fraction": totals.masked_tokens / max(1, totals.label_tokens),
+        "stop_tokens": totals.stop_tokens,
+        "stop_tokens_masked": totals.stop_tokens_masked,
+        "stop_tokens_masked_fraction": totals.stop_tokens_masked / max(1, totals.stop_tokens),
+        **facts,
+        "versions": _versions(),
+    }
+
+
+def live_totals(receipt: Receipt) -> LiveTotals:
+    """The totals that a receipt of `make_live_receipt` carries on."""
+    facts = {option.name: receipt[option.name] for option in fields(LiveTotals)}
+    nats = facts.pop("threshold_nats")
+    return LiveTotals(**facts, threshold_nats=math.inf if nats == "inf" else nats)
+
+
+def _options_of(options: STMOptions, threshold_nats: float | None) -> Receipt:
+    threshold = options.threshold
+    if threshold is not None:
+        threshold_nats = math.log(threshold)
+    elif threshold_nats is not None:
+        threshold = math.exp(min(threshold_nats, 700))
+    return {
+        "threshold": _finite_or_inf(threshold),
+        "threshold_nats": _finite_or_inf(threshold_nats),
+        "mask_fraction": options.stm_mask_fraction,
+        "strategy": options.stm_strategy,
+        "seed": options.stm_seed,
+        "keep_stop_tokens": options.stm_keep_stop_tokens,
+        "reference": options.stm_reference,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"stm_plugin": __version__, "python": platform.python_version()} | _installed_versions()
 
 
 def write_receipt(receipt: Receipt, folder: str | os.PathLike[str]) -> None:
@@ -76,8 +120,8 @@ def write_receipt(receipt: Receipt, folder: str | os.PathLike[str]) -> None:
     os.replace(draft, Path(folder) / RECEIPT_NAME)
 
 
-def _finite_or_inf(value: float) -> float | str:
-    return "inf" if math.isinf(value) else value
+def _finite_or_inf(value: float | None) -> float | str | None:
+    return "inf" if value is not None and math.isinf(value) else value
 
 
 def _installed_versions() -> dict[str, str]:
