@@ -336,24 +336,12 @@ class STMTrainerMixin(_Host):
                 "A micro-batch keeps no token, and would divide by zero: the loss of "
                 f"{type(self.model).__name__} takes no count of tokens. Raise stm_threshold, or use larger batches."
             )
-        counts = [
-            len(masks.documents.label_ids),
-            masks.num_masked,
-            masks.num_stop_tokens,
-            masks.num_masked_stop_tokens,
-        ]
-        totals = torch.tensor(counts, device=self.args.device)
+        own = [masks.documents.num_label_tokens, masks.num_masked, masks.num_stop_tokens, masks.num_masked_stop_tokens]
+        counts = torch.tensor(own, device=self.args.device)
         if self.args.world_size > 1:
-            totals = self.accelerator.reduce(totals, "sum")
-        label_tokens, masked, stops, masked_stops = totals.tolist()
-        self._stm_totals.steps += 1
-        self._stm_totals.label_tokens += label_tokens
-        self._stm_totals.masked_tokens += masked
-        self._stm_totals.stop_tokens += stops
-        self._stm_totals.stop_tokens_masked += masked_stops
-        self._stm_totals.threshold_nats = masks.threshold_nats
-        self._stm_update_live_receipt()
-        return torch.tensor([label_tokens - masked, masked])
+            counts = self.accelerator.reduce(counts, "sum")
+        self._stm_totals.add(masks.threshold_nats, *counts.tolist())
+        return torch.stack([counts[0] - counts[1], counts[1]])
 
     def _stm_apply(self, masks: Masks, run: MaskedRun) -> MaskedRun:
         """The run with its masked data set, which the collator has been checked to keep masked, and its receipt."""
