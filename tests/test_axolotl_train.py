@@ -361,6 +361,33 @@ def test_another_model_as_reference(make_config, make_model, tokenizer, tmp_path
     assert facts["masked_tokens"] == int(sum((nll > math.log(THRESHOLD)).sum() for nll in scores))
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"sample_packing": True}, {"gradient_accumulation_steps": 2}, LORA],
+    ids=["rows", "packed", "accumulated", "lora"],
+)
+def test_live_perplexity_of_the_first_step_masks_what_the_initial_one_does(keys, make_config, tmp_path):
+    options = {"max_steps": 1, "learning_rate": 0.0, "num_epochs": 2} | keys
+    initial = train(make_config(**STM, **options))
+    live = train(make_config(**STM, **options, stm_reference="current", output_dir=str(tmp_path / "live")))
+    assert len(live.batches) == len(initial.batches)
+    for one, other in zip(initial.batches, live.batches, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+        assert torch.equal(one["labels"], other["labels"])
+    assert losses(live) == losses(initial)
+    facts = receipt(tmp_path / "live")
+    assert facts["reference"] == "current"
+    assert 0 < live._stm_totals.masked_tokens < live._stm_totals.label_tokens
+    assert not (tmp_path / "live" / "scores").exists()
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+def test_live_perplexity_at_inf_trains_bit_for_bit_as_without(packing, make_config, tmp_path):
+    config = make_config(sample_packing=packing, num_epochs=3, **LORA)
+    live = {"plugins": "stm", "stm_threshold": math.inf, "stm_reference": "current"}
+    _same_training(train(config), train(config | live | {"output_dir": str(tmp_path / "live")}))
+
+
 def test_a_config_without_the_plugin_is_untouched_by_it(make_config, tmp_path):
     trainer = train(make_config())
     assert type(trainer).__mro__[0].__module__ == "axolotl.core.trainers.base"

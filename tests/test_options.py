@@ -15,7 +15,7 @@ THRESHOLD = "stm_threshold must be a perplexity, a number greater than 1 (inf ma
 FRACTION = "stm_mask_fraction must be a number between 0 and 1, exclusive, got "
 STRATEGY = "stm_strategy must be one of 'high', 'low', 'random', got "
 SEED = "stm_seed must be an integer of at most 64 bits, got "
-REFERENCE = "stm_reference must be 'initial' or the path or id of a model, got "
+REFERENCE = "stm_reference must be 'initial', 'current' or the path or id of a model, got "
 REFERENCE_KWARGS = "stm_reference_kwargs must be a mapping of keyword arguments, got "
 KEEP_STOP_TOKENS = "stm_keep_stop_tokens must be true or false, got "
 TOKENS_PER_BATCH = "stm_tokens_per_batch must be a positive number of tokens, got "
@@ -158,11 +158,12 @@ def test_bad_reference(value):
     refused(f"{REFERENCE}{value!r}.", stm_reference=value)
 
 
-def test_current_reference_is_refused_with_what_to_use_instead():
+def test_current_reference_keeps_no_scores():
+    STMOptions(stm_reference="current").check()
     refused(
-        "stm_reference='current' (perplexities under the live weights) is not available in this version. Use "
-        "'initial', or the path or id of another model.",
+        "stm_scores_dir='scores' has no effect while stm_reference is 'current', which scores anew at every step",
         stm_reference="current",
+        stm_scores_dir="scores",
     )
 
 

@@ -28,6 +28,8 @@ from trl_helpers import (
     weights,
 )
 
+from stm_plugin.options import STMOptions
+
 
 def _refused(match, model, *args, error=ValueError, **options):
     """Building and training is refused; no step is made and no weight moves. The message."""
@@ -447,7 +449,7 @@ def test_virtual_tokens(config, tokenizer, make_model, chats, tmp_path):
 def test_parallelism(switch, named, tokenizer, make_model, chats, tmp_path, monkeypatch):
     """Of these none can be had with one CPU process: the check alone, on a trainer that says it is on."""
     trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path, stm_threshold=1500.0)
-    trainer._stm_check_supported()
+    trainer._stm_check_supported(STMOptions())
     if switch.endswith("p_enabled") and not switch.startswith("is_"):
         off = dict.fromkeys(("cp_enabled", "sp_enabled", "tp_enabled"), False)
         config = SimpleNamespace(**off | {switch: True})
@@ -457,7 +459,7 @@ def test_parallelism(switch, named, tokenizer, make_model, chats, tmp_path, monk
     else:
         monkeypatch.setattr(trainer, switch, True)
     with pytest.raises(ValueError, match=f"STM cannot yet score exactly under .*{named}") as caught:
-        trainer._stm_check_supported()
+        trainer._stm_check_supported(STMOptions())
     assert "one process, or DDP" in str(caught.value)
 
 
@@ -481,7 +483,7 @@ def test_model_without_a_backbone(tokenizer, make_model, chats, tmp_path):
         ({"stm_mask_fraction": 0.2}, "Remove one of them"),
         ({"stm_threshold": None, "stm_mask_fraction": 1.0}, "between 0 and 1"),
         ({"stm_strategy": "middle"}, "'high', 'low', 'random'"),
-        ({"stm_reference": "current"}, "not available"),
+        ({"stm_reference": "current", "stm_scores_dir": "scores"}, "has no effect"),
         ({"stm_reference_kwargs": {"dtype": "bfloat16"}}, "has no effect"),
         ({"stm_tokens_per_batch": 0}, "positive"),
     ],
