@@ -18,10 +18,13 @@ class AxolotlConfigFinder:
         if name not in _READS_PLUGINS:
             return None
         for finder in sys.meta_path:
-            spec = None if finder is cls else finder.find_spec(name, path, target)
+            find_spec = None if finder is cls else getattr(finder, "find_spec", None)
+            spec = None if find_spec is None else find_spec(name, path, target)
             if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
+                try:
                     _wrap_after_loading(spec.loader)
+                except Exception:  # a loader of another kind: leave it as it is
+                    pass
                 return spec
         return None
 
@@ -30,6 +33,7 @@ def _wrap_after_loading(loader):  # type: ignore[no-untyped-def]
     exec_module = loader.exec_module
 
     def exec_and_wrap(module):  # type: ignore[no-untyped-def]
+        del loader.exec_module  # a loader may serve other modules after this one
         exec_module(module)
         if hasattr(module, "prepare_plugins"):
             from stm_plugin.axolotl.names import reads_plugin_names

@@ -80,7 +80,10 @@ class Documents:
             segments, segments_per_row = _read_lists(dataset, "seq_lengths")
             row = np.repeat(np.arange(len(id_lengths)), segments_per_row)
             segment_sums = np.bincount(row, weights=segments, minlength=len(id_lengths)).astype(np.int64)
-        return cls._build(ids, labels, id_lengths, label_lengths, segments, segment_sums)
+        documents = cls._build(ids, labels, id_lengths, label_lengths, segments, segment_sums)
+        if "position_ids" in columns:
+            _check_positions(_read_lists(dataset, "position_ids")[0], documents.document_offsets)
+        return documents
 
     @classmethod
     def from_batch(
@@ -119,6 +122,8 @@ class Documents:
             offsets,
             offsets,
         )
+        if position_ids is not None:
+            _check_positions(np.broadcast_to(position_ids, shape).ravel()[where], offsets)
         return documents, where
 
     @classmethod
@@ -283,6 +288,17 @@ def _read_lists(dataset: "Dataset", column: str) -> tuple[np.ndarray, np.ndarray
             values.append(flat.to_numpy(zero_copy_only=False).astype(np.int32))
             lengths.append(pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64))
     return _concatenate(values), _concatenate(lengths)
+
+
+def _check_positions(positions: np.ndarray, document_offsets: np.ndarray) -> None:
+    """Raise ValueError for positions that do not count up by one within each document, as scoring has them."""
+    steps = np.diff(positions)
+    steps[document_offsets[1:-1] - 1] = 1  # between documents
+    if len(positions) != document_offsets[-1] or (steps != 1).any():
+        raise ValueError(
+            "STM cannot score these rows: their position_ids do not count up by one within each document, so tokens "
+            "would be trained in other places than they are scored. Remove the column, or what makes it (PoSE)."
+        )
 
 
 def _check_lengths(name: str, lengths: np.ndarray, id_lengths: np.ndarray, hint: str) -> None:

@@ -267,7 +267,7 @@ class STMTrainerMixin(_Host):
         self.state.stateful_callbacks[STMState.__name__] = self._stm_state.state()
         self._stm_counts = {}
         self._stm_announce(run.receipt, origin)
-        if self.args.should_save:
+        if self.args.should_save and not self._stm_only_scores:
             write_receipt(run.receipt, self.args.output_dir)
 
     def _stm_start_live(self, checkpoint: str | None) -> None:
@@ -503,15 +503,18 @@ class STMTrainerMixin(_Host):
 
     def _stm_train_dataloader(self) -> Any:
         """The host's dataloader of the masked data set, whose batches carry their count of masked tokens."""
-        signature, collator = self._signature_columns, self.data_collator
+        signature = self._signature_columns
         if signature is None:
             self._set_signature_columns_if_needed()
         self._signature_columns = [*(self._signature_columns or []), MASKED_COLUMN]
-        self.data_collator = MaskCounter(collator)
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
-            self._signature_columns, self.data_collator = signature, collator
+            self._signature_columns = signature
+        # Only now: hosts look at the collator while they build the loader.
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.collate_fn = MaskCounter(inner.collate_fn)
+        return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The host's micro-batches of a step, with at least 1 as their number of kept tokens."""

@@ -12,6 +12,7 @@ from stm_plugin.axolotl import conflicts, names
 from stm_plugin.axolotl.names import (
     PLUGIN_NAME,
     check_active,
+    check_command_line,
     check_loads,
     is_active,
     reads_plugin_names,
@@ -146,7 +147,10 @@ def test_errors_of_prepare_plugins_come_through():
         ({"plugins": ["axolotl.integrations.diffusion.DiffusionPlugin"]}, ["plugins: stm", "DiffusionPlugin"]),
         ({"diffusion_lm": {"from_causal_lm": True}}, ["plugins: stm", "diffusion_lm"]),
         ({"processor_type": "AutoProcessor"}, ["plugins: stm", "processor_type: AutoProcessor"]),
-        ({"is_multimodal": True}, ["plugins: stm", "is_multimodal: true"]),
+        ({"use_pose": True}, ["plugins: stm", "use_pose: true"]),
+        ({"plugins": ["diffusion.DiffusionPlugin"]}, ["plugins: stm", "diffusion.DiffusionPlugin"]),
+        ({"plugins": ["kd:KDPlugin"]}, ["plugins: stm", "kd:KDPlugin"]),
+        ({"expert_parallel_size": 2}, ["plugins: stm", "expert_parallel_size: 2"]),
         ({"context_parallel_size": 2}, ["plugins: stm", "context_parallel_size: 2"]),
         ({"tensor_parallel_size": 4}, ["plugins: stm", "tensor_parallel_size: 4"]),
     ],
@@ -170,10 +174,12 @@ def test_no_conflict_where_there_is_none(cfg):
     conflicts.check_conflicts(cfg)
 
 
-def test_a_multimodal_model_is_refused():
-    with pytest.raises(ValueError, match="multimodal"):
-        conflicts.check_text_only({"is_multimodal": True, "base_model": "x/y"})
-    conflicts.check_text_only({"is_multimodal": False})
+@pytest.mark.parametrize("argument", ["--stm-threshold", "--stm_threshold=3"])
+def test_an_option_on_the_command_line_that_axolotl_drops_is_refused(argument):
+    with pytest.raises(ValueError, match="set stm_threshold in the config"):
+        check_command_line({"plugins": ["stm"]}, ["axolotl", "train", "c.yml", argument, "3"])
+    check_command_line({"plugins": ["stm"], "stm_threshold": 3}, ["c.yml", argument])
+    check_command_line({}, ["c.yml", "--learning-rate", "stm_threshold"])
 
 
 # --- Interpreter start ----------------------------------------------------------------------------------------------
@@ -256,6 +262,28 @@ def test_an_axolotl_that_is_missing_or_broken_fails_as_it_would(tmp_path):
     _fake_axolotl(tmp_path, "raise RuntimeError('broken')")
     path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
     assert _python(f"{path}{LINE}\n{code}") == _python(path + code) == "RuntimeError broken\n"
+
+
+def test_finders_and_loaders_of_other_kinds_are_let_be(tmp_path):
+    _fake_axolotl(tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{LINE}\n"
+        "import importlib.util\n"
+        "class Legacy: find_module = staticmethod(lambda name, path=None: None)\n"
+        "class Slotted:\n"
+        "    __slots__ = ()\n"
+        "    def create_module(self, spec): return None\n"
+        "    def exec_module(self, module): module.own = 1\n"
+        "class Finder:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'axolotl.utils.config': return importlib.util.spec_from_loader(name, Slotted())\n"
+        "sys.meta_path[1:1] = [Legacy, Finder]\n"
+        "import axolotl.cli.config, axolotl.utils.config\n"
+        "print(axolotl.utils.config.own, axolotl.cli.config.prepare_plugins.__wrapped__ is not None)\n"
+        "print('exec_module' in vars(axolotl.cli.config.__loader__))"
+    )
+    assert _python(code) == "1 True\nFalse\n"
 
 
 def test_names_loads_neither_torch_nor_axolotl():

@@ -263,6 +263,34 @@ def test_a_trainer_class_of_ones_own_is_kept(make_config, tmp_path, monkeypatch)
     assert trainer._stm_run.receipt["masked_tokens"] > 0
 
 
+def test_a_trainer_with_a_loop_of_its_own_is_refused(make_config, tmp_path, monkeypatch):
+    (tmp_path / "looping_trainer.py").write_text(
+        "from axolotl.core.trainers.base import AxolotlTrainer\n"
+        "class LoopingTrainer(AxolotlTrainer):\n"
+        "    def train(self, *args, **kwargs): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"LoopingTrainer trains: its `train` is not that of"):
+        build(make_config(trainer_cls="looping_trainer.LoopingTrainer", **STM))
+
+
+def test_a_run_that_was_never_masked_ends_with_an_error(make_config):
+    from axolotl.integrations.base import PluginManager
+
+    cfg = load(make_config(**STM))
+    trainer = build(make_config(**STM))
+    with pytest.raises(RuntimeError, match="has trained without Selective Token Masking"):
+        PluginManager.get_instance().post_train(cfg, trainer.model)
+    trainer = build(make_config(**STM))
+    trainer.train()
+    PluginManager.get_instance().post_train(cfg, trainer.model)
+
+
+def test_scoring_ahead_leaves_no_receipt(make_config, tmp_path):
+    build(make_config(**STM)).stm_score()
+    assert not (tmp_path / "out" / "stm.json").exists()
+
+
 def test_prepared_data_is_shared_with_plain_runs_and_never_changed(make_config, tmp_path):
     config = make_config()
     build(config)

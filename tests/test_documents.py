@@ -547,3 +547,45 @@ def test_ids_that_are_no_integers_are_refused(datasets):
         columns = {"input_ids": [[1, 2]], "labels": [[1, 2]]} | {column: [[1.5, 2.5]]}
         with pytest.raises(ValueError, match=column):
             Documents.from_dataset(datasets.Dataset.from_dict(columns))
+
+
+# --- Positions and batches ------------------------------------------------------------------------------------------
+
+
+def test_positions_that_jump_are_refused():
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    rows = {"input_ids": [[1, 2, 3], [4, 5]], "position_ids": [[0, 1, 2], [0, 1]]}
+    Documents.from_dataset(datasets.Dataset.from_dict(rows))
+    for positions in ([[0, 1, 7], [0, 1]], [[0, 1, 2], [3, 5]], [[0, 0, 1], [0, 1]]):
+        with pytest.raises(ValueError, match="do not count up by one"):
+            Documents.from_dataset(datasets.Dataset.from_dict(rows | {"position_ids": positions}))
+    packed = {"input_ids": [[1, 2, 3, 4]], "seq_lengths": [[1, 3]], "position_ids": [[0, 0, 1, 2]]}
+    assert len(Documents.from_dataset(datasets.Dataset.from_dict(packed))) == 2
+
+
+def test_a_padded_batch_is_cut_into_its_rows():
+    ids = np.array([[0, 5, 6], [7, 8, 0]])
+    documents, where = Documents.from_batch(ids, ids, np.array([[0, 1, 1], [1, 1, 0]]))
+    assert documents.input_ids.tolist() == [5, 6, 7, 8]
+    assert documents.document_offsets.tolist() == [0, 2, 4]
+    assert where.tolist() == [1, 2, 3, 4]
+
+
+def test_a_packed_batch_is_cut_where_positions_start_anew():
+    ids = np.arange(6)[None]
+    documents, where = Documents.from_batch(ids, ids, None, np.array([[0, 1, 2, 0, 0, 1]]))
+    assert documents.document_offsets.tolist() == [0, 3, 4, 6]
+    assert where.tolist() == [0, 1, 2, 3, 4, 5]
+    numbered, _ = Documents.from_batch(ids, ids, np.array([[1, 1, 1, 2, 3, 0]]), np.arange(6)[None])
+    assert numbered.document_offsets.tolist() == [0, 3, 4, 5]
+    with pytest.raises(ValueError, match="do not count up by one"):
+        Documents.from_batch(ids, ids, None, np.array([[0, 1, 2, 5, 6, 7]]))
+
+
+def test_parts_are_joined_with_their_bounds():
+    parts = [Documents.from_rows([[1, 2], [3]], [[1, 2], [3]]), Documents.from_rows([[4, 5]], [[-100, 5]], [[1, 1]])]
+    joined = Documents.concatenate(parts)
+    assert joined.input_ids.tolist() == [1, 2, 3, 4, 5]
+    assert joined.labels.tolist() == [1, 2, 3, -100, 5]
+    assert joined.document_offsets.tolist() == [0, 2, 3, 4, 5]
+    assert joined.row_offsets.tolist() == [0, 2, 3, 5]

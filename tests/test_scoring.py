@@ -764,3 +764,46 @@ def test_progress_is_shown_when_asked_for(llama, capfd):
     assert "STM" not in capfd.readouterr().err
     score(llama, ScorePlan.of(documents), tokens_per_batch=64, progress=True)
     assert "STM: scoring" in capfd.readouterr().err
+
+
+# --- What a model's own loss does -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router", [False, True])
+def test_loss_facts_of_a_mixture_of_experts(router):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from stm_plugin.scoring import loss_facts
+
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        output_router_logits=router,
+    )
+    assert loss_facts(MixtralForCausalLM(config)) == (True, True)
+
+
+def test_loss_facts_see_a_loss_that_takes_no_count_and_one_that_shifts_nothing(make_model, monkeypatch):
+    import torch.nn.functional as F
+
+    from stm_plugin.scoring import loss_facts
+
+    model = make_model()
+    assert loss_facts(model) == (True, True)
+
+    def mean_of_all(logits, labels, vocab_size, **kwargs):
+        return F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
+
+    monkeypatch.setattr(type(model), "loss_function", staticmethod(mean_of_all))
+    assert loss_facts(model) == (False, False)
+
+    def mean_of_shifted(logits, labels, vocab_size, **kwargs):
+        return F.cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1))
+
+    monkeypatch.setattr(type(model), "loss_function", staticmethod(mean_of_shifted))
+    assert loss_facts(model) == (False, True)

@@ -8,9 +8,9 @@ from ..options import REFERENCE_INITIAL
 _OTHER_TRAINING = "it trains on something else than the labels of a text, which is all that STM masks"
 _OTHER_LOSS = "it weights every token by a loss of its own, and the two would undo each other"
 _DISTILLATION = "its loss is over a teacher's probabilities, not over labels"
-_MULTIMODAL = "token ids of images are only made batch by batch, so they cannot be scored before the first step"
+_IMAGES = "token ids of images are only made batch by batch, so they cannot be scored before the first step"
 _STREAMING = "a training set that is streamed cannot be scored before the first step"
-_SHARDED_SEQUENCE = "it splits documents over processes, so that no process can score a whole one"
+_SHARDED = "it splits documents or layers over processes, so that no process can score by itself"
 
 _CONFLICTS = {
     "rl": _OTHER_TRAINING,
@@ -23,15 +23,19 @@ _CONFLICTS = {
     "kd_trainer": _DISTILLATION,
     "diffusion": _OTHER_TRAINING,
     "diffusion_lm": _OTHER_TRAINING,
-    "processor_type": _MULTIMODAL,
-    "is_multimodal": _MULTIMODAL,
+    "processor_type": _IMAGES,
+    "use_pose": "its positions jump, so that tokens are trained in places where they are not scored",
 }
 _CONFLICTING_PLUGINS = {
-    "axolotl.integrations.kd.": _DISTILLATION,
-    "axolotl.integrations.diffusion.": _OTHER_TRAINING,
+    "kd.": _DISTILLATION,
+    "diffusion.": _OTHER_TRAINING,
 }
 _CONFLICTS_WITH_INITIAL = {"pretraining_dataset": _STREAMING, "streaming": _STREAMING}
-_MORE_THAN_ONE = {"context_parallel_size": _SHARDED_SEQUENCE, "tensor_parallel_size": _SHARDED_SEQUENCE}
+_MORE_THAN_ONE = {
+    "context_parallel_size": _SHARDED,
+    "tensor_parallel_size": _SHARDED,
+    "expert_parallel_size": _SHARDED,
+}
 
 
 def check_conflicts(cfg: Mapping[str, Any]) -> None:
@@ -41,7 +45,7 @@ def check_conflicts(cfg: Mapping[str, Any]) -> None:
             raise _conflict("plugins: stm", key, cfg[key], reason)
     for name in cfg.get("plugins") or []:
         for prefix, reason in _CONFLICTING_PLUGINS.items():
-            if name.startswith(prefix):
+            if name.replace(":", ".").removeprefix("axolotl.integrations.").startswith(prefix):
                 raise _conflict("plugins: stm", "plugins", name, reason)
     for key, reason in _MORE_THAN_ONE.items():
         if isinstance(cfg.get(key), int) and cfg[key] > 1:
@@ -50,12 +54,6 @@ def check_conflicts(cfg: Mapping[str, Any]) -> None:
         for key, reason in _CONFLICTS_WITH_INITIAL.items():
             if cfg.get(key):
                 raise _conflict(f"stm_reference: {REFERENCE_INITIAL}", key, cfg[key], reason)
-
-
-def check_text_only(cfg: Mapping[str, Any]) -> None:
-    """Raise ValueError for a model that Axolotl has found to read more than text."""
-    if cfg.get("is_multimodal"):
-        raise _conflict("plugins: stm", "base_model", cfg.get("base_model"), f"it is multimodal, and {_MULTIMODAL}")
 
 
 def _conflict(ours: str, key: str, value: Any, reason: str) -> ValueError:

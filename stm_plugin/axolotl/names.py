@@ -3,6 +3,7 @@
 import difflib
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -32,6 +33,7 @@ def reads_plugin_names(prepare_plugins: Callable[[Any], None]) -> Callable[[Any]
     def prepare(cfg: Any) -> None:
         resolve_plugins(cfg)
         check_active(cfg)
+        check_command_line(cfg, sys.argv)
         try:
             prepare_plugins(cfg)
         except Exception as error:
@@ -77,6 +79,14 @@ def check_active(cfg: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} is no STM option; did you mean {nearest_option(name)}? Options: {', '.join(option_names())}."
             )
+
+
+def check_command_line(cfg: Mapping[str, Any], arguments: list[str]) -> None:
+    """Raise ValueError for an STM option on the command line that did not reach the config: Axolotl drops it."""
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name in option_names() and cfg.get(name) is None:
+            raise ValueError(f"Axolotl passes {argument.partition('=')[0]} on to nothing: set {name} in the config.")
 
 
 def check_loads(names: list[str], cause: Exception | None = None) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from .conflicts import check_conflicts, check_text_only
+from .conflicts import check_conflicts
 from .names import check_active, is_active
 from .schema import options_of
 from .trainer import put_stm_into
@@ -28,12 +28,18 @@ class STMPlugin(BasePlugin):
         """Where the schema of the options is."""
         return "stm_plugin.axolotl.schema.STMArgs"
 
-    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Load nothing; stop a model that Axolotl has found to be multimodal before its data are prepared."""
-        if is_active(cfg) and not preprocess:
-            check_text_only(cfg)
-
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Put STM into the trainer that will train."""
         if is_active(cfg):
+            check_conflicts(cfg)  # again: other plugins and the schema have had their say
             put_stm_into(trainer, options_of(cfg))
+            self._trainer = trainer
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Raise RuntimeError if a loop of another kind than `transformers.Trainer`'s has trained unmasked."""
+        trainer, self._trainer = getattr(self, "_trainer", None), None
+        if is_active(cfg) and trainer is not None and trainer._stm_state.receipt is None:
+            raise RuntimeError(
+                f"{type(trainer).__name__} has trained without Selective Token Masking: its loop is not that of "
+                "transformers.Trainer. Remove `plugins: stm`, or the plugin or `trainer_cls` that brings this trainer."
+            )

@@ -3,6 +3,8 @@
 import logging
 from typing import Any
 
+from transformers import Trainer
+
 from ..mixin import STMTrainerMixin
 from ..options import STMOptions
 from ..scoring import loss_facts
@@ -19,10 +21,16 @@ def put_stm_into(trainer: Any, options: STMOptions) -> None:
         ValueError: For a model, data set or set-up that cannot be masked exactly.
     """
     host = type(trainer)
+    if host.train is not Trainer.train:
+        raise ValueError(
+            f"STM cannot mask what {host.__name__} trains: its `train` is not that of transformers.Trainer. Remove "
+            "`plugins: stm`, or the plugin or `trainer_cls` that brings this trainer."
+        )
     trainer.__class__ = type(host.__name__, (STMTrainerMixin, host), {"__module__": host.__module__})
     for name, value in vars(options).items():
         setattr(trainer.args, name, value)
     trainer._stm_logger = logging.getLogger("axolotl.stm")  # Axolotl shows INFO lines of no other names
+    trainer._stm_check_supported(options)
     if trainer.compute_loss_func is None:
         # Axolotl 0.19 denies that nearly any model takes a count, and then averages the means of micro-batches;
         # transformers does not know that the losses that Axolotl puts in the place of its own shift labels.
