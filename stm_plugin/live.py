@@ -57,8 +57,8 @@ def _documents_of(batch: dict[str, Any]) -> tuple[Documents, np.ndarray]:
         )
 
     def array(name: str) -> np.ndarray | None:
-        value = batch.get(name)
-        return value.cpu().numpy() if torch.is_tensor(value) and value.ndim == 2 else None
+        value: Any = batch.get(name)
+        return None if value is None or value.ndim != 2 else value.cpu().numpy()
 
     input_ids, labels = array("input_ids"), array("labels")
     assert input_ids is not None
