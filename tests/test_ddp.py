@@ -110,6 +110,21 @@ def _scored_run(folder, out, trainer=None, resume=None, **options):
     return _summary(made, count)
 
 
+def _live_run(folder, out, **options):
+    model, tokenizer = _load(folder)
+    settings = json.loads((folder / "settings.json").read_text())
+    options = _options(settings["threshold"], max_steps=3) | options
+    made = stm_trainer(model, settings["rows"], tokenizer, out, trainer_class=RecordingSTM, **options)
+    made.train()
+    return {
+        "gradients": made.gradients,
+        "items": [float(items) for items in made.items],
+        "kept": [int((batch["labels"][..., 1:] != IGNORE).sum()) for batch in made.batches],
+        "log": [entry for entry in made.state.log_history if "loss" in entry],
+        "totals": vars(made._stm_totals),
+    }
+
+
 def _plain_run(folder, out, make, recording, **options):
     model, tokenizer = _load(folder)
     rows = json.loads((folder / "settings.json").read_text())["rows"]
@@ -160,6 +175,15 @@ def _scenarios(folder, out):
             stm_scores_dir=str(out / "other scores"),
             **steps,
         ),
+    )
+    live = {"stm_reference": "current"}
+    yield "live", lambda: _live_run(folder, out / "live", per_device_train_batch_size=2, **live)
+    steps_of_two = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    yield "live, accumulated", lambda: _live_run(folder, out / "live accumulated", **steps_of_two, **live)
+    fraction = {"stm_threshold": None, "stm_mask_fraction": 0.3}
+    yield (
+        "live fraction",
+        lambda: _live_run(folder, out / "fraction", per_device_train_batch_size=2, **fraction, **live),
     )
     yield "plain", lambda: _plain_run(folder, out / "plain", plain_trainer, RecordingSFT)
     yield "inf", lambda: _plain_run(folder, out / "inf", stm_trainer, RecordingSTM)
@@ -301,6 +325,23 @@ def test_two_processes_are_one(name, alone, both, tmp_path, monkeypatch):
         assert torch.equal(rank0["weights"][name_], rank1["weights"][name_])
 
 
+@pytest.mark.parametrize("name", ["live", "live, accumulated", "live fraction"])
+def test_two_processes_are_one_under_live_weights(name, both, tmp_path, monkeypatch):
+    ranks, folder, _ = both
+    options = {"stm_threshold": None, "stm_mask_fraction": 0.3} if name == "live fraction" else {}
+    one = _live_run(folder, tmp_path, per_device_train_batch_size=4, stm_reference="current", **options)
+    rank0, rank1 = ranks[0][name], ranks[1][name]
+    assert 0 < one["totals"]["masked_tokens"] < one["totals"]["label_tokens"]
+    assert same_bits(rank0["gradients"][0], rank1["gradients"][0])
+    _same_gradient(rank0["gradients"][0], one["gradients"][0])
+    assert rank0["items"] == rank1["items"]
+    assert rank0["totals"] == rank1["totals"]
+    assert rank0["log"][0]["loss"] == pytest.approx(one["log"][0]["loss"], rel=1e-5)
+    assert rank0["log"][0]["stm/kept_tokens"] == one["log"][0]["stm/kept_tokens"] == one["kept"][0]
+    if name == "live":
+        assert rank1["kept"][0] == 0 < rank0["kept"][0]
+
+
 def test_the_first_step_of_a_rank_was_masked_whole(both):
     """So that the gradients above are those of a step in which one rank keeps nothing."""
     ranks, folder, _ = both
@@ -376,6 +417,7 @@ def test_a_run_after_refusals_is_as_ever(both):
 def test_lines_are_logged_by_one_process_only(both):
     _, _, errors = both
     runs = ("full", "accumulated", "bfd", "lora", "saved", "resumed", "inf", "damaged scores", "after refusals")
+    runs += ("live", "live, accumulated", "live fraction")
     assert errors.count("STM is on") == len(runs)
 
 
