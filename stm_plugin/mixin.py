@@ -77,12 +77,17 @@ class STMState(TrainerCallback, ExportableState):
     """Carries the receipt into `trainer_state.json`, where a resumed run reads it."""
 
     def __init__(self) -> None:
-        self.make_receipt: Callable[[], Receipt] | None = None
+        self.make_receipt: Callable[[], Receipt | None] | None = None
 
     @property
     def receipt(self) -> Receipt | None:
         """The receipt as of now; None before the run is masked."""
         return self.make_receipt() if self.make_receipt is not None else None
+
+    @receipt.setter
+    def receipt(self, receipt: Receipt | None) -> None:
+        """What `restore_callback_states_from_checkpoint` does; the run then makes its own."""
+        self.make_receipt = lambda: receipt
 
     def state(self) -> dict[str, Any]:
         """What `Trainer` saves."""
