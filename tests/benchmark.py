@@ -172,8 +172,7 @@ def trl_trainer(stm: bool, steps: int, scores: str, output_dir: str):
 
 
 def axolotl_trainer(stm: bool, steps: int, scores: str, output_dir: str):
-    import axolotl.train  # noqa: F401
-    from axolotl_helpers import ON_A_CPU, build
+    from axolotl_helpers import ON_A_CPU, build  # before Axolotl: it turns telemetry off
 
     model, data = model_and_data()
     chats = Path(output_dir) / "chats.jsonl"
