@@ -1,11 +1,11 @@
 """Selective Token Masking (STM) for TRL and Axolotl: fine-tune without the tokens that make a model forget."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-TYPE_CHECKING = False  # typing's own would cost each interpreter start that this package is part of
 if TYPE_CHECKING:
-    from typing import Any
-
     from .axolotl.plugin import STMPlugin
     from .scoring import score_dataset
     from .selection import mask_labels
@@ -22,11 +22,9 @@ _PUBLIC = {
 __all__ = ["STMPlugin", "STMSFTConfig", "STMSFTTrainer", "mask_labels", "score_dataset"]
 
 
-def __getattr__(name: str) -> "Any":
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     value = getattr(import_module(_PUBLIC[name], __name__), name)
     globals()[name] = value
     return value
