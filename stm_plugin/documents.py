@@ -220,6 +220,14 @@ class Documents:
         )
         return hashlib.sha256(b"".join(hashes)).hexdigest()
 
+    @property
+    def rows_fingerprint(self) -> str:
+        """128-bit hash of all rows in their order, in hexadecimal."""
+        digest = xxhash.xxh3_128()
+        for array in (self.input_ids, self.labels, self.document_offsets, self.row_offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     def _spans(self) -> Iterator[tuple[int, int]]:
         offsets = self.document_offsets.tolist()
         return pairwise(offsets)

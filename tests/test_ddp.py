@@ -201,7 +201,7 @@ def _damage(folder, out, damaged, rank):
     _scored_run(folder, out / "refused", stm_scores_dir=str(damaged), max_steps=1)
     if rank == "0":
         next(damaged.glob("*/manifest.json")).write_text("{}")
-    return _refusal(folder, out / "refused", stm_scores_dir=str(damaged))
+    return _scored_run(folder, out / "full", per_device_train_batch_size=2, max_steps=1, stm_scores_dir=str(damaged))
 
 
 def main(folder):
@@ -398,7 +398,6 @@ def test_receipts_are_written_once(both):
     ("name", "message"),
     [
         ("unwritable", "ScoresError: Scores cannot be written to"),
-        ("damaged scores", "ScoresError: The scores in"),
         ("nothing left", "ValueError: Every one of the"),
     ],
 )
@@ -408,15 +407,20 @@ def test_an_error_of_the_main_process_ends_both(name, message, both):
     assert found[0] == found[1]
 
 
-def test_a_run_after_refusals_is_as_ever(both):
+@pytest.mark.parametrize("name", ["damaged scores", "after refusals"])
+def test_a_run_after_refusals_or_damage_is_as_ever(name, both):
     for rank in both[0]:
-        assert rank["after refusals"]["digest"] == rank["full"]["digest"]
-        assert rank["after refusals"]["losses"] == rank["full"]["losses"][:1]
+        assert rank[name]["digest"] == rank["full"]["digest"]
+        assert rank[name]["losses"] == rank["full"]["losses"][:1]
+
+
+def test_damage_is_named_by_one_process(both):
+    assert both[2].count("are damaged and are made again") == 1
 
 
 def test_lines_are_logged_by_one_process_only(both):
     _, _, errors = both
-    runs = ("full", "accumulated", "bfd", "lora", "saved", "resumed", "inf", "damaged scores", "after refusals")
+    runs = ("full", "accumulated", "bfd", "lora", "saved", "resumed", "inf", "damaged scores", "damaged scores", "after refusals")
     runs += ("live", "live, accumulated", "live fraction")
     assert errors.count("STM is on") == len(runs)
 
