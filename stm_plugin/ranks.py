@@ -69,9 +69,9 @@ class Ranks:
         """
         everyones = self.gather(facts)
         differing = [
-            f"{name} ({', '.join(f'rank {rank}: {own[name]!r}' for rank, own in enumerate(everyones))})"
-            for name in facts
-            if any(own[name] != facts[name] for own in everyones)
+            f"{name} ({', '.join(f'rank {rank}: {own.get(name)!r}' for rank, own in enumerate(everyones))})"
+            for name in dict.fromkeys(name for own in everyones for name in own)
+            if any(own.get(name) != everyones[0].get(name) for own in everyones)
         ]
         if differing:
             raise ValueError(

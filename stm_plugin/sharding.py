@@ -19,9 +19,9 @@ def whole(*tensors: Any) -> Iterator[None]:
     if not partitioned:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(partitioned):
+    with deepspeed.zero.GatheredParameters(partitioned):
         yield
 
 

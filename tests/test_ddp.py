@@ -84,13 +84,13 @@ def _summary(trainer, count):
     }
 
 
-def _scored_run(folder, out, trainer=None, resume=None, **options):
+def _scored_run(folder, out, trainer=None, resume=None, rows=None, **options):
     """One STM run; tokens that pass the model in eval mode are those that were scored."""
     model, tokenizer = _load(folder)
     settings = json.loads((folder / "settings.json").read_text())
     made = stm_trainer(
         model,
-        settings["rows"],
+        rows or settings["rows"],
         tokenizer,
         out,
         trainer,
@@ -194,7 +194,32 @@ def _scenarios(folder, out):
     yield "unwritable", lambda: _refusal(folder, out / "refused", stm_scores_dir=str(unwritable))
     yield "damaged scores", lambda: _damage(folder, out, damaged, rank)
     yield "nothing left", lambda: _refusal(folder, out / "refused", stm_threshold=1.0001)
+    rows = json.loads((folder / "settings.json").read_text())["rows"]
+    for name, options in _disagreements(rank, rows).items():
+        yield name, lambda options=options: _refusal(folder, out / "refused", **options)
     yield "after refusals", lambda: _scored_run(folder, out / "full", per_device_train_batch_size=2, max_steps=1)
+
+
+def _disagreements(rank, rows):
+    """Options of this rank, of which the other has others."""
+    if rank == "0":
+        return {
+            "thresholds differ": {"stm_threshold": 2.5},
+            "references differ": {"stm_reference": "current"},
+            "a label differs": {},
+            "orders differ": {},
+            "numbers of rows differ": {},
+            "one rank alone errs": {},
+        }
+    changed = {**rows[5], "labels": [*rows[5]["labels"][:-1], IGNORE]}
+    return {
+        "thresholds differ": {"stm_threshold": 2.6},
+        "references differ": {},
+        "a label differs": {"rows": [*rows[:5], changed, *rows[6:]]},
+        "orders differ": {"rows": rows[::-1]},
+        "numbers of rows differ": {"rows": rows[:-2]},
+        "one rank alone errs": {"stm_reference": "no/such/model"},
+    }
 
 
 def _damage(folder, out, damaged, rank):
@@ -407,6 +432,24 @@ def test_an_error_of_the_main_process_ends_both(name, message, both):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("thresholds differ", "disagree on stm_threshold (rank 0: 2.5, rank 1: 2.6). Start all of them with the same"),
+        ("references differ", "disagree on stm_reference (rank 0: 'current', rank 1: 'initial') and training"),
+        ("a label differs", "disagree on training rows (rank 0: "),
+        ("orders differ", "disagree on training rows (rank 0: "),
+        ("numbers of rows differ", "disagree on training rows (rank 0: "),
+        ("one rank alone errs", "stm_reference='no/such/model' is neither 'initial' nor a model that can be loaded"),
+    ],
+)
+def test_ranks_that_disagree_all_stop(name, message, both):
+    """That `both` ends at all shows that none waits for another."""
+    found = [rank[name] for rank in both[0]]
+    assert message in found[0]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("name", ["damaged scores", "after refusals"])
 def test_a_run_after_refusals_or_damage_is_as_ever(name, both):
     for rank in both[0]:
@@ -420,7 +463,18 @@ def test_damage_is_named_by_one_process(both):
 
 def test_lines_are_logged_by_one_process_only(both):
     _, _, errors = both
-    runs = ("full", "accumulated", "bfd", "lora", "saved", "resumed", "inf", "damaged scores", "damaged scores", "after refusals")
+    runs = (
+        "full",
+        "accumulated",
+        "bfd",
+        "lora",
+        "saved",
+        "resumed",
+        "inf",
+        "damaged scores",
+        "damaged scores",
+        "after refusals",
+    )
     runs += ("live", "live, accumulated", "live fraction")
     assert errors.count("STM is on") == len(runs)
 

@@ -255,6 +255,7 @@ def test_a_shard_that_is_no_array_is_refused(store, entry, content):
 
 def test_nothing_is_unpickled(store, entry, tmp_path):
     """A shard that is an object array, with the checksums to match, runs no code and yields no scores."""
+
     class Trap:
         def __reduce__(self):
             return Path.touch, (tmp_path / "sprung",)
