@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
+from processes import load, run_in_two_processes, saved_llama
 from trl_helpers import (
     CountTokens,
     RecordingSTM,
@@ -54,18 +54,14 @@ def _zero(stage):
 def _run(folder, out, stage=None, trainer=None, **options):
     """One step of plain SGD, so that the weights tell the gradient."""
     settings = json.loads((folder / "settings.json").read_text())
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(0)
-    model = str(folder / "model")  # loaded by the trainer: under ZeRO-3 never whole
-    if stage is None:
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    else:
-        options |= {"deepspeed": _zero(stage), "model_init_kwargs": {"dtype": "float32"}}
+    model, tokenizer = load(folder)
+    if stage is not None:
+        model = str(folder / "model")  # loaded by the trainer: under ZeRO-3 never whole
+        options |= {"deepspeed": _zero(stage), "model_init_kwargs": {"dtype": "float32", "device_map": None}}
     made = stm_trainer(
         model,
         settings["rows"],
-        AutoTokenizer.from_pretrained(folder / "model"),
+        tokenizer,
         out,
         trainer,
         trainer_class=RecordingSTM,
@@ -158,23 +154,8 @@ def main(folder, stage):
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
     """A model, rows of which those that rank 1 gets first keep nothing, and a threshold."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("deepspeed")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=None,
-        )
-    )
+    model = saved_llama(folder, tokenizer)
     rows = label_rows(tokenizer, NUM_ROWS)
     nats = math.log(threshold_between(oracle_nll(rows, model)))
     for row in (2, 3):
@@ -182,9 +163,6 @@ def folder(tokenizer, tmp_path_factory):
             rows[row], lambda given: nll_of_row(given, lambda ids: float64_logits(model, ids)), nats + 0.01
         )
     assert_margin(scores_of(oracle_nll(rows, model)), nats)
-    model.__dict__.pop("_oracle")
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
     (folder / "settings.json").write_text(json.dumps({"rows": rows, "threshold": math.exp(nats)}))
     return folder
 
@@ -192,17 +170,7 @@ def folder(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module", params=[2, 3], ids=["ZeRO-2", "ZeRO-3"])
 def both(folder, request):
     """Outcomes of both ranks of one launch, and the stage."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[1])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, __file__, folder, str(request.param)],
-        env=environment,
-        timeout=TIMEOUT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-20000:]
+    run_in_two_processes(__file__, folder, request.param, timeout=TIMEOUT)
     ranks = [torch.load(folder / f"stage-{request.param}-rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
     return ranks, request.param
 
