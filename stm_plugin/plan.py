@@ -8,6 +8,8 @@ import xxhash
 
 from .documents import Documents, gather, offsets_of, runs
 
+_HASHES_PER_BLOCK = 2**16
+
 
 @dataclass(frozen=True)
 class ScorePlan:
@@ -43,8 +45,11 @@ class ScorePlan:
         planned = np.full(len(documents), -1, dtype=np.int32)
         planned[labelled[order]] = np.cumsum(is_new) - 1
         first = order[is_new]
-        fingerprint = xxhash.xxh3_128(hashes[is_new].astype(">u8").tobytes()).hexdigest()
-        return cls(documents, labelled[first].astype(np.int32), lengths[first], planned, fingerprint)
+        digest = xxhash.xxh3_128()
+        for start in range(0, len(hashes), _HASHES_PER_BLOCK):
+            block = slice(start, start + _HASHES_PER_BLOCK)
+            digest.update(hashes[block][is_new[block]].astype(">u8").tobytes())
+        return cls(documents, labelled[first].astype(np.int32), lengths[first], planned, digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self.members)
