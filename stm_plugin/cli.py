@@ -11,6 +11,8 @@ examples:
   stm demo                     see STM beside plain fine-tuning on a small real model
   stm sft --model_name_or_path MODEL --dataset_name chats.jsonl --use_peft --stm_threshold 2.5
   stm sft --config run.yaml    the same from a file; `stm sft --help` lists every option
+  stm score --config run.yaml  score ahead, and see what thresholds would mask; `stm sft` then finds the scores
+  stm score --verify FOLDER    check stored scores; --info FOLDER says what they are
 """
 
 
@@ -29,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
 
         train(arguments[1:])
         return 0
+    if arguments[:1] == ["score"]:
+        from .score_command import main as score
+
+        return score(arguments[1:])
     parser = make_parser()
     args = parser.parse_args(arguments)
     status: int = args.run(args)
@@ -36,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands but `sft`, which is TRL's; nothing heavy is loaded for it."""
+    """The parser of all subcommands but `sft` and `score`, which is TRL's; nothing heavy is loaded for it."""
     parser = argparse.ArgumentParser(
         prog="stm",
         description="Selective Token Masking (arXiv 2501.14315): leave out of fine-tuning what makes a model forget.",
@@ -46,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stm-plugin {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     commands.add_parser("sft", help="fine-tune with STM: TRL's sft script, flags or YAML", add_help=False)
+    commands.add_parser("score", help="score ahead of training, or look at stored scores", add_help=False)
     command = commands.add_parser("demo", help="plain fine-tuning and STM side by side, measured, in minutes")
     demo.add_arguments(command)
     command.set_defaults(run=demo.main)

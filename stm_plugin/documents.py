@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _ROWS_PER_READ = 10_000
+_TOKENS_PER_BLOCK = 2**18
+"""Tokens that are worked on at a time, so that what is needed on the way stays small for any data set."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Documents:
     """Token ids and labels of all documents, one after the other.
 
     Attributes:
-        input_ids: Token ids, shape `(total,)`, int32.
-        labels: Labels before STM, shape `(total,)`, int32, `-100` where the host keeps the loss off.
+        input_ids: Token ids, shape `(total,)`, int16 if that holds them, else int32.
+        labels: Labels before STM, shape `(total,)`, `-100` where the host keeps the loss off; the same array where
+            every token is a label.
         document_offsets: Where each document starts, and the end, shape `(D + 1,)`.
         row_offsets: Where each data-set row starts, and the end, shape `(R + 1,)`.
     """
@@ -74,6 +77,7 @@ class Documents:
                 "Dataset.reset_format."
             )
         ids, id_lengths = _read_lists(dataset, "input_ids")
+        ids = _smallest(ids)
         labels, label_lengths = _read_lists(dataset, "labels") if "labels" in columns else (ids, id_lengths)
         segments, segment_sums = id_lengths, id_lengths
         if "seq_lengths" in columns:
@@ -156,11 +160,13 @@ class Documents:
             raise ValueError(f"seq_lengths must be lengths of documents, got {segments[segments < 0][0]}.")
         _check_lengths("labels", label_lengths, id_lengths, "Give one label per token, -100 where the loss is off.")
         _check_lengths("seq_lengths (summed)", segment_sums, id_lengths, "They must cut the row into its documents.")
+        ids = _smallest(input_ids)
+        rows = offsets_of(id_lengths)
         return cls(
-            np.ascontiguousarray(input_ids, dtype=np.int32),
-            np.ascontiguousarray(labels, dtype=np.int32),
-            _offsets(segments[segments > 0]),
-            _offsets(id_lengths),
+            ids,
+            ids if labels is input_ids else _smallest(labels),
+            rows if segments is id_lengths and (segments > 0).all() else offsets_of(segments[segments > 0]),
+            rows,
         )
 
     def __len__(self) -> int:
@@ -180,7 +186,7 @@ class Documents:
 
     @property
     def label_ids(self) -> np.ndarray:
-        """Token ids of all N label tokens, shape `(N,)`, int32."""
+        """Token ids of all N label tokens, shape `(N,)`."""
         return self.labels[self.label_mask]
 
     @property
@@ -193,16 +199,26 @@ class Documents:
         """Labels that are not `-100` at a document's position 0, which nothing predicts."""
         return int((self.labels[self.document_offsets[:-1]] != IGNORE_INDEX).sum())
 
-    @cached_property
     def content_hashes(self) -> np.ndarray:
-        """128-bit hash of each document's ids and label tokens, shape `(D, 2)`, uint64."""
-        scored = np.where(self.label_mask, self.labels, np.int32(IGNORE_INDEX))
-        hashes = bytearray()
-        for start, end in self._spans():
-            digest = xxhash.xxh3_128(self.input_ids[start:end].data)
-            digest.update(scored[start:end].data)
-            hashes += digest.digest()
-        return np.frombuffer(bytes(hashes), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+        """128-bit hash of each document's ids and label tokens, as int32, shape `(D, 2)`, uint64."""
+        hashes = np.empty((len(self), 2), dtype=np.uint64)
+        for first, block in self._blocks():
+            tokens = slice(block[0], block[-1])
+            scored = np.where(self.label_mask[tokens], self.labels[tokens], np.int32(IGNORE_INDEX))
+            digests = [xxhash.xxh3_128_digest(content) for content in _contents(self.input_ids, scored, block, "<i4")]
+            hashes[first : first + len(digests)] = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
+        return hashes
+
+    def context_lengths(self) -> np.ndarray:
+        """Tokens of each document before its last label token, 0 where it has none, shape `(D,)`, int32."""
+        lengths = np.zeros(len(self), dtype=np.int32)
+        for first, block in self._blocks():
+            counts = self.tokens_per_document[first : first + len(block) - 1]
+            labelled = np.flatnonzero(counts)
+            positions = np.flatnonzero(self.label_mask[block[0] : block[-1]])
+            last = positions[np.cumsum(counts)[labelled] - 1]
+            lengths[first + labelled] = last - (block[labelled] - block[0])
+        return lengths
 
     def rows_with(self, token_flags: np.ndarray) -> np.ndarray:
         """How many of the flagged tokens (shape `(total,)`, bool) each row has, shape `(R,)`."""
@@ -213,12 +229,13 @@ class Documents:
 
         Independent of the order of rows, of packing, ranks and host.
         """
-        ids64, labels64 = self.input_ids.astype("<i8"), labels.astype("<i8")
-        hashes = sorted(
-            hashlib.sha256(ids64[start:end].tobytes() + labels64[start:end].tobytes()).digest()
-            for start, end in self._spans()
-        )
-        return hashlib.sha256(b"".join(hashes)).hexdigest()
+        hashes = np.empty(len(self), dtype="S32")
+        for first, block in self._blocks():
+            contents = _contents(self.input_ids, labels[block[0] : block[-1]], block, "<i8")
+            digests = [hashlib.sha256(content).digest() for content in contents]
+            hashes[first : first + len(digests)] = np.frombuffer(b"".join(digests), dtype="S32")
+        hashes.sort()
+        return hashlib.sha256(hashes.view(np.uint8).data).hexdigest()
 
     @property
     def rows_fingerprint(self) -> str:
@@ -228,14 +245,20 @@ class Documents:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        offsets = self.document_offsets.tolist()
-        return pairwise(offsets)
+    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Runs of documents: the index of the first, and the offsets of all of them with the end."""
+        for first, last in runs(self.document_offsets):
+            yield first, self.document_offsets[first : last + 1]
 
     @staticmethod
     def _count(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        cumulative = np.concatenate(([0], np.cumsum(flags)))
-        return np.diff(cumulative[offsets])
+        """How many flags are set between every two offsets, int32."""
+        counts = np.zeros(len(offsets) - 1, dtype=np.int32)
+        for first, last in runs(offsets):
+            cumulative = np.zeros(offsets[last] - offsets[first] + 1, dtype=np.int32)
+            np.cumsum(flags[offsets[first] : offsets[last]], out=cumulative[1:])
+            counts[first:last] = np.diff(cumulative[offsets[first : last + 1] - offsets[first]])
+        return counts
 
 
 def with_columns(dataset: "Dataset", documents: Documents, labels: np.ndarray, **row_values: np.ndarray) -> "Dataset":
@@ -261,20 +284,34 @@ def with_columns(dataset: "Dataset", documents: Documents, labels: np.ndarray, *
     source = np.full(num_stored, -1)
     source[shown] = np.arange(len(dataset))
     stored_lengths = np.where(source >= 0, lengths[source], 0)
-    values = labels[_gather(documents.row_offsets[:-1][source], stored_lengths)]
-    list_array = pa.ListArray.from_arrays(pa.array(_offsets(stored_lengths), pa.int32()), pa.array(values, pa.int64()))
-    columns = {"labels": list_array}
-    columns |= {name: pa.array(np.where(source >= 0, column[source], 0)) for name, column in row_values.items()}
     schema = datasets.Features(feature_of).arrow_schema
-    new = InMemoryTable(pa.table(columns).cast(pa.schema([(field.name, field.type) for field in schema])))
-    kept = [name for name in dataset._data.column_names if name not in columns]
+    schema = pa.schema([(field.name, field.type) for field in schema])
+    stored_offsets = offsets_of(stored_lengths)
+    values = np.empty(stored_offsets[-1], dtype=list_type.feature.dtype)
+    parts = []
+    for first, last in runs(stored_offsets):
+        rows = source[first:last]
+        block = values[stored_offsets[first] : stored_offsets[last]]
+        block[:] = labels[gather(documents.row_offsets[rows], stored_lengths[first:last])]
+        offsets = pa.array(stored_offsets[first : last + 1] - stored_offsets[first], pa.int32())
+        columns = {"labels": pa.ListArray.from_arrays(offsets, pa.array(block))}
+        columns |= {name: pa.array(np.where(rows >= 0, column[rows], 0)) for name, column in row_values.items()}
+        parts.append(pa.table(columns).cast(schema))
+    new = InMemoryTable(pa.concat_tables([schema.empty_table(), *parts]))
+    kept = [name for name in dataset._data.column_names if name not in feature_of]
     info = dataset.info.copy()
     info.features = datasets.Features({name: features[name] for name in kept} | feature_of)
     table = concat_tables([dataset._data.select(kept), new], axis=1)
-    masked = datasets.Dataset(table, info=info, split=dataset.split, indices_table=dataset._indices)
+    # The constructor would pickle the whole table to make a fingerprint.
+    fingerprint = xxhash.xxh3_64(f"{dataset._fingerprint} {[*feature_of]}".encode())
+    for column in (values, stored_offsets, *row_values.values()):
+        fingerprint.update(np.ascontiguousarray(column).data)
+    masked = datasets.Dataset(
+        table, info, split=dataset.split, indices_table=dataset._indices, fingerprint=fingerprint.hexdigest()
+    )
     format_ = dataset.format
     if format_["type"] is not None or set(format_["columns"]) != set(dataset.column_names):
-        format_["columns"] = [*dict.fromkeys([*format_["columns"], *columns])]
+        format_["columns"] = [*dict.fromkeys([*format_["columns"], *feature_of])]
         masked.set_format(**format_)
     return masked
 
@@ -285,24 +322,43 @@ def _read_lists(dataset: "Dataset", column: str) -> tuple[np.ndarray, np.ndarray
     import pyarrow.compute as pc
 
     arrow = dataset.select_columns([column]).with_format("arrow")
-    values, lengths = [], []
-    for start in range(0, len(arrow), _ROWS_PER_READ):
+    slices = range(0, len(arrow), _ROWS_PER_READ)
+    lengths = np.empty(len(arrow), dtype=np.int64)
+    values, end = np.empty(0, dtype=np.int32), 0
+    for start in slices:
+        rows = arrow[start : start + _ROWS_PER_READ][column]
+        if rows.null_count:
+            raise _missing(column, start, len(rows))
+        lengths[start : start + len(rows)] = pc.list_value_length(rows).to_numpy()
+    values = np.empty(lengths.sum(), dtype=np.int32)
+    for start in slices:
         for chunk in arrow[start : start + _ROWS_PER_READ][column].chunks:
             flat = chunk.flatten()
-            if chunk.null_count or flat.null_count:
-                raise ValueError(f"Column {column!r} has missing values in rows {start} to {start + len(chunk)}.")
+            if flat.null_count:
+                raise _missing(column, start, len(chunk))
             if len(flat) and not pa.types.is_integer(flat.type):
                 raise ValueError(f"Column {column!r} must hold lists of integers, got {flat.type}.")
-            values.append(flat.to_numpy(zero_copy_only=False).astype(np.int32))
-            lengths.append(pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64))
-    return _concatenate(values), _concatenate(lengths)
+            values[end : end + len(flat)] = flat.to_numpy(zero_copy_only=False)
+            end += len(flat)
+    return values, lengths
+
+
+def _missing(column: str, start: int, count: int) -> ValueError:
+    return ValueError(f"Column {column!r} has missing values in rows {start} to {start + count}.")
+
+
+def _smallest(values: np.ndarray) -> np.ndarray:
+    """The same integers as int16 if that holds them, else int32."""
+    limits = np.iinfo(np.int16)
+    is_small = not len(values) or (limits.min <= values.min() and values.max() <= limits.max)
+    return np.ascontiguousarray(values, dtype=np.int16 if is_small else np.int32)
 
 
 def _check_positions(positions: np.ndarray, document_offsets: np.ndarray) -> None:
     """Raise ValueError for positions that do not count up by one within each document, as scoring has them."""
-    steps = np.diff(positions)
-    steps[document_offsets[1:-1] - 1] = 1  # between documents
-    if len(positions) != document_offsets[-1] or (steps != 1).any():
+    follows = positions[1:] == positions[:-1] + 1
+    follows[document_offsets[1:-1] - 1] = True  # between documents
+    if len(positions) != document_offsets[-1] or not follows.all():
         raise ValueError(
             "STM cannot score these rows: their position_ids do not count up by one within each document, so tokens "
             "would be trained in other places than they are scored. Remove the column, or what makes it (PoSE)."
@@ -321,13 +377,43 @@ def _check_lengths(name: str, lengths: np.ndarray, id_lengths: np.ndarray, hint:
         )
 
 
-def _gather(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def runs(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) of runs of documents, or rows, that hold about `_TOKENS_PER_BLOCK` tokens each."""
+    first, count = 0, len(offsets) - 1
+    while first < count:
+        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _TOKENS_PER_BLOCK, side="right")) - 1)
+        yield first, last
+        first = last
+
+
+def _contents(input_ids: np.ndarray, others: np.ndarray, offsets: np.ndarray, dtype: str) -> Iterator[memoryview]:
+    """For each document of a run its ids followed by its `others`, as the bytes of a type.
+
+    Args:
+        input_ids: Ids of all documents, shape `(total,)`.
+        others: Another value for each token of the run.
+        offsets: Where in `input_ids` each document of the run starts, and the end.
+        dtype: The type, with its order of bytes.
+    """
+    starts = offsets - offsets[0]
+    lengths = np.diff(starts)
+    at = np.arange(starts[-1]) + np.repeat(starts[:-1], lengths)
+    both = np.empty(2 * starts[-1], dtype=dtype)
+    both[at] = input_ids[offsets[0] : offsets[-1]]
+    both[at + np.repeat(lengths, lengths)] = others
+    content = both.view(np.uint8).data
+    for start, end in pairwise((2 * both.itemsize * starts).tolist()):
+        yield content[start:end]
+
+
+def gather(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Indices `[s, s + 1, ..., s + n - 1]` for every start and length, joined."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Where each of some lengths starts when they follow one another, and the end, int64."""
     return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -17,7 +18,7 @@ class Masks:
 
     Attributes:
         documents: The data set's documents.
-        labels: Final labels of all tokens, shape `(total,)`, int32.
+        labels: Final labels of all tokens, shape `(total,)`.
         masked: Whether STM masked a token, shape `(total,)`, bool.
         threshold_nats: The threshold that was compared, in nats.
         num_stop_tokens: Stop tokens among the label tokens.
@@ -31,7 +32,7 @@ class Masks:
     num_stop_tokens: int
     num_masked_stop_tokens: int
 
-    @property
+    @cached_property
     def num_masked(self) -> int:
         """Masked label tokens."""
         return int(self.masked.sum())
@@ -46,12 +47,12 @@ class Masks:
         """Masked stop tokens over all stop tokens among the label tokens; 0 where there are none."""
         return self.num_masked_stop_tokens / max(1, self.num_stop_tokens)
 
-    @property
+    @cached_property
     def masked_per_row(self) -> np.ndarray:
         """Masked label tokens of each row, shape `(R,)`."""
         return self.documents.rows_with(self.masked)
 
-    @property
+    @cached_property
     def rows_without_kept_tokens(self) -> int:
         """Rows that had label tokens and keep none."""
         had = self.documents.rows_with(self.documents.label_mask)
@@ -165,7 +166,7 @@ def apply_threshold(
     masked[documents.label_mask] = masked_labels
     return Masks(
         documents,
-        np.where(masked, np.int32(IGNORE_INDEX), documents.labels),
+        np.where(masked, np.int16(IGNORE_INDEX), documents.labels),
         masked,
         threshold_nats,
         int(is_stop.sum()),

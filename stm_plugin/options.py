@@ -74,7 +74,8 @@ class STMOptions:
     stm_tokens_per_batch: int = field(
         default=4096,
         metadata={
-            "help": "Most tokens, padding included, of one forward pass while scoring (a longer row goes alone)."
+            "help": "Most tokens, padding included, of one forward pass while scoring (a longer row goes alone).",
+            "aliases": ["--tokens_per_batch", "--tokens-per-batch"],  # of the command line
         },
     )
 

@@ -6,7 +6,9 @@ from functools import cached_property
 import numpy as np
 import xxhash
 
-from .documents import Documents
+from .documents import Documents, gather, offsets_of, runs
+
+_HASHES_PER_BLOCK = 2**16
 
 
 @dataclass(frozen=True)
@@ -21,29 +23,33 @@ class ScorePlan:
         members: Index of each planned document in `documents`, shape `(P,)`.
         lengths: Tokens of each planned document that its last label token needs as context, shape `(P,)`.
         planned: Index of each document of `documents` in the plan, shape `(D,)`; -1 where it has no label token.
+        fingerprint: 128-bit hash of all planned documents' ids and label tokens, in hexadecimal.
     """
 
     documents: Documents
     members: np.ndarray
     lengths: np.ndarray
     planned: np.ndarray
+    fingerprint: str
 
     @classmethod
     def of(cls, documents: Documents) -> "ScorePlan":
         """Plan the scoring of a data set's documents."""
         labelled = np.flatnonzero(documents.tokens_per_document)
-        positions = np.flatnonzero(documents.label_mask)
-        last = positions[np.cumsum(documents.tokens_per_document)[labelled] - 1]
-        lengths = last - documents.document_offsets[labelled]
-        hashes = documents.content_hashes[labelled]
+        lengths = documents.context_lengths()[labelled]
+        hashes = documents.content_hashes()[labelled]
         order = np.lexsort((hashes[:, 1], hashes[:, 0], -lengths))
-        ordered = hashes[order]
+        hashes = hashes[order]
         is_new = np.ones(len(order), dtype=bool)
-        is_new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-        planned = np.full(len(documents), -1)
+        is_new[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)
+        planned = np.full(len(documents), -1, dtype=np.int32)
         planned[labelled[order]] = np.cumsum(is_new) - 1
         first = order[is_new]
-        return cls(documents, labelled[first], lengths[first], planned)
+        digest = xxhash.xxh3_128()
+        for start in range(0, len(hashes), _HASHES_PER_BLOCK):
+            block = slice(start, start + _HASHES_PER_BLOCK)
+            digest.update(hashes[block][is_new[block]].astype(">u8").tobytes())
+        return cls(documents, labelled[first].astype(np.int32), lengths[first], planned, digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self.members)
@@ -51,18 +57,12 @@ class ScorePlan:
     @cached_property
     def offsets(self) -> np.ndarray:
         """Where each planned document's scores start, and the end, shape `(P + 1,)`."""
-        return np.concatenate(([0], np.cumsum(self.documents.tokens_per_document[self.members])))
+        return offsets_of(self.documents.tokens_per_document[self.members])
 
     @property
     def num_scores(self) -> int:
         """Label tokens to score: those of every different document once."""
         return int(self.offsets[-1])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """128-bit hash of all planned documents' ids and label tokens, in hexadecimal."""
-        hashes = self.documents.content_hashes[self.members].astype(">u8")
-        return xxhash.xxh3_128(hashes.tobytes()).hexdigest()
 
     def batches(self, tokens_per_batch: int) -> list[range]:
         """Runs of planned documents whose padded size stays within a token budget (a longer document goes alone)."""
@@ -87,8 +87,10 @@ class ScorePlan:
 
     def spread(self, scores: np.ndarray) -> np.ndarray:
         """Scores in canonical order, shape `(num_scores,)`, as those of all N label tokens in the data set's order."""
-        starts = self.offsets[np.maximum(self.planned, 0)]
         counts = self.documents.tokens_per_document
-        ends = np.cumsum(counts)
-        within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
-        return scores[np.repeat(starts, counts) + within]
+        offsets = offsets_of(counts)
+        spread = np.empty(offsets[-1], dtype=scores.dtype)
+        for first, last in runs(offsets):
+            starts = self.offsets[np.maximum(self.planned[first:last], 0)]
+            spread[offsets[first] : offsets[last]] = scores[gather(starts, counts[first:last])]
+        return spread

@@ -97,7 +97,7 @@ def select_masked(
         ValueError: For a score that is NaN.
     """
     check_scores(nll)
-    masked = nll.astype(np.float64) > threshold_nats
+    masked = exceeds(nll, threshold_nats)
     if candidates is not None:
         masked &= candidates
     if strategy == "high" or not masked.any():
@@ -129,6 +129,17 @@ def fraction_threshold_nats(nll: np.ndarray, fraction: float) -> float:
         raise ValueError("stm_mask_fraction needs at least one label token that may be masked, got none.")
     rank = len(nll) - 1 - math.floor(fraction * len(nll))
     return float(np.partition(nll, rank)[rank])
+
+
+def exceeds(nll: np.ndarray, threshold_nats: float) -> np.ndarray:
+    """Whether each float32 score exceeds a float64 threshold: `nll.astype(np.float64) > threshold_nats`."""
+    return nll > largest_score_within(threshold_nats)
+
+
+def largest_score_within(threshold_nats: float) -> np.float32:
+    """The largest float32 that does not exceed a float64 threshold: what it means for scores."""
+    nearest = np.float32(threshold_nats)
+    return nearest if float(nearest) <= threshold_nats else np.nextafter(nearest, np.float32(-np.inf))
 
 
 def check_scores(nll: np.ndarray) -> None:

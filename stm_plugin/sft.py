@@ -18,48 +18,110 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Arguments; None for the process's own.
     """
+    train(*make_parser("stm sft").parse_args_and_config(args=list(sys.argv[1:] if argv is None else argv)))
+
+
+def make_parser(prog: str, *more_arguments: type) -> Any:
+    """TRL's parser of its script's flags, the STM options and further dataclasses of flags; `--config` reads YAML."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
     from .trl import STMSFTConfig
 
-    parser = TrlParser((ScriptArguments, STMSFTConfig, ModelConfig, DatasetMixtureConfig), prog="stm sft")
-    train(*parser.parse_args_and_config(args=list(sys.argv[1:] if argv is None else argv)))
+    dataclasses = (ScriptArguments, STMSFTConfig, ModelConfig, DatasetMixtureConfig, *more_arguments)
+    return TrlParser(dataclasses, prog=prog)
 
 
 def train(script_args: Any, training_args: Any, model_args: Any, mixture_args: Any) -> None:
     """Train with TRL's argument objects, as its own script does; the model is saved to `output_dir`."""
-    from trl import get_peft_config, get_quantization_config
-
-    from .trl import STMSFTTrainer
-
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
-    dataset = load_splits(script_args, mixture_args)
-    evaluating = training_args.eval_strategy != "no"
-    trainer = STMSFTTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=_split(dataset, script_args.dataset_train_split, "--dataset_train_split"),
-        eval_dataset=_split(dataset, script_args.dataset_test_split, "--dataset_test_split") if evaluating else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    trainer = make_trainer(script_args, training_args, model_args, mixture_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
 
+def make_trainer(script_args: Any, training_args: Any, model_args: Any, mixture_args: Any) -> Any:
+    """The `STMSFTTrainer` of TRL's argument objects.
+
+    Raises:
+        ValueError: For no model, no data, or a split that the data does not have.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from .trl import STMSFTTrainer
+
+    if not model_args.model_name_or_path:
+        raise ValueError("No model: give --model_name_or_path a folder or a hub id, of a model or of an adapter.")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    dataset = load_splits(script_args, mixture_args)
+    train_dataset = _split(dataset, script_args.dataset_train_split, "--dataset_train_split")
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = _split(dataset, script_args.dataset_test_split, "--dataset_test_split")
+    quantization = get_quantization_config(model_args)
+    model = load_with_adapter(model_args.model_name_or_path, training_args, quantization)
+    if model is None:
+        model = {"model": model_args.model_name_or_path, "quantization_config": quantization}
+    return STMSFTTrainer(
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(model_args),
+        **model,
+    )
+
+
+def load_with_adapter(name: str, training_args: Any, quantization_config: Any) -> dict[str, Any] | None:
+    """A saved adapter on its base model, to be trained further: what TRL itself cannot load by a name.
+
+    Args:
+        name: Folder or hub id.
+        training_args: The `SFTConfig`; its `model_init_kwargs` are used up, of which the revision is the adapter's.
+        quantization_config: How the base model is quantized, or None.
+
+    Returns:
+        `model` and `processing_class` for `SFTTrainer`; None where the name is not that of an adapter. The tokenizer
+        is the one saved with the adapter, if there is one.
+    """
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoTokenizer
+    from transformers.utils import find_adapter_config_file
+    from transformers.utils.hub import has_file
+    from trl.trainer.utils import create_model_from_path
+
+    keywords = dict(training_args.model_init_kwargs)
+    revision = keywords.pop("revision")
+    if find_adapter_config_file(name, revision=revision) is None:
+        return None
+    config = PeftConfig.from_pretrained(name, revision=revision)
+    if training_args.world_size > 1:
+        keywords["device_map"] = None  # as TRL has it
+    if quantization_config is not None:
+        keywords["quantization_config"] = quantization_config
+    base = create_model_from_path(config.base_model_name_or_path, revision=config.revision, **keywords)
+    training_args.model_init_kwargs = None
+    has_tokenizer = has_file(name, "tokenizer_config.json", revision=revision)
+    return {
+        "model": PeftModel.from_pretrained(base, name, revision=revision, is_trainable=True),
+        "processing_class": AutoTokenizer.from_pretrained(name, revision=revision) if has_tokenizer else None,
+    }
+
+
 def load_splits(script_args: Any, mixture_args: Any) -> Any:
-    """The data of TRL's script arguments: a mixture, a hub id, or a local JSON, Parquet or CSV file.
+    """The data of TRL's script arguments.
+
+    A mixture, a hub id, a local JSON, Parquet or CSV file, or a folder that `Dataset.save_to_disk` or
+    `DatasetDict.save_to_disk` wrote.
 
     Raises:
         ValueError: If neither a mixture nor a name is given.
     """
-    from datasets import load_dataset
+    from datasets import Dataset, load_dataset, load_from_disk
     from trl import get_dataset
 
     name = script_args.dataset_name
@@ -67,6 +129,9 @@ def load_splits(script_args: Any, mixture_args: Any) -> Any:
         return get_dataset(mixture_args)
     if not name:
         raise ValueError("No data: give --dataset_name a hub id or a local .jsonl file, or a `datasets` list in YAML.")
+    if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        saved = load_from_disk(name)
+        return {script_args.dataset_train_split: saved} if isinstance(saved, Dataset) else saved
     loader = _LOADERS.get(Path(name).suffix.lower())
     if loader is not None and os.path.isfile(name):
         return load_dataset(loader, data_files=name, streaming=script_args.dataset_streaming)

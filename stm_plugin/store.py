@@ -265,17 +265,21 @@ class Draft:
                 os.rename(self._folder, self.path)
 
 
-def entries(folder: str | os.PathLike[str]) -> list[EntryReport]:
+def entries(folder: str | os.PathLike[str], *, verify: bool = True) -> list[EntryReport]:
     """What the entries of a folder hold, and what is wrong with them: one entry, or all below a root.
+
+    Args:
+        folder: The folder.
+        verify: Whether to read the shards too; else the manifests alone.
 
     Raises:
         ScoresError: If there is none.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(folder).expanduser().resolve()
     paths = [folder] if _looks_like_an_entry(folder) else sorted(filter(_looks_like_an_entry, folder.glob("*")))
     if not paths:
         raise ScoresError(f"{folder} holds no scores: it has no {MANIFEST}, and no folder in it has one.")
-    return [_report(path) for path in paths]
+    return [_report(path, verify) for path in paths]
 
 
 class _Found(NamedTuple):
@@ -290,14 +294,14 @@ def _looks_like_an_entry(folder: Path) -> bool:
     return not folder.name.startswith(".") and ((folder / MANIFEST).exists() or any(folder.glob("shard-*.npy")))
 
 
-def _report(path: Path) -> EntryReport:
+def _report(path: Path, verify: bool) -> EntryReport:
     num_bytes = sum(file.stat().st_size for file in path.iterdir())
     try:
         manifest = _read_manifest(path)
         key = ScoresKey(**manifest["key"])
     except _FaultError as fault:
         return EntryReport(path, None, 0, num_bytes, None, [str(fault)])
-    faults = _read_entry(path, key, manifest["num_scores"]).faults
+    faults = _read_entry(path, key, manifest["num_scores"]).faults if verify else []
     if key.name != path.name:
         faults.insert(0, f"its folder should be named {key.name}")
     return EntryReport(path, key, manifest["num_scores"], num_bytes, manifest["tokens_per_batch"], faults)

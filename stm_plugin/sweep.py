@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .selection import fraction_threshold_nats
+from .selection import fraction_threshold_nats, largest_score_within
 
 THRESHOLDS = (1.5, 2.0, 2.5, 3.0, 5.0, 10.0, 25.0, 100.0, 1000.0)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -38,12 +38,18 @@ class Sweep:
             nll: NLL in nats of all N label tokens, shape `(N,)`, float32.
             thresholds: Perplexities.
         """
-        scores = nll.astype(np.float64)
+        threshold_for_paper = _perplexity(fraction_threshold_nats(nll, PAPER_FRACTION))  # checks the scores
+        ordered = np.sort(nll)
+
+        def share(tau: float) -> float:
+            within = np.searchsorted(ordered, largest_score_within(math.log(tau)), side="right")
+            return float((len(ordered) - within) / len(ordered))
+
         return cls(
             len(nll),
-            {q: _perplexity(np.quantile(scores, q, method="lower")) for q in QUANTILES},
-            {tau: float((scores > math.log(tau)).mean()) for tau in thresholds},
-            _perplexity(fraction_threshold_nats(nll, PAPER_FRACTION)),
+            {q: _perplexity(ordered[math.floor(q * (len(ordered) - 1))]) for q in QUANTILES},
+            {tau: share(tau) for tau in thresholds},
+            threshold_for_paper,
         )
 
     def lines(self) -> list[str]:
