@@ -22,6 +22,7 @@ from .constants import IGNORE_INDEX
 from .documents import Documents
 from .options import STMOptions
 from .plan import ScorePlan
+from .sharding import whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -271,7 +272,12 @@ def loss_facts(model: Any) -> LossFacts:
         num_items = torch.tensor(count, device=weight.device)
         return float(lm(input_ids=token_ids, labels=labels, num_items_in_batch=num_items, **keywords).loss)
 
-    with torch.no_grad(), eval_mode(lm), _replaced_forward(lm.base_model, lambda *args, **kwargs: output):
+    of_backbone = set(lm.base_model.parameters())
+    head = [weight for weight in lm.parameters() if weight not in of_backbone]
+    if lm.get_output_embeddings() is not None:
+        head += lm.get_output_embeddings().parameters()  # tied ones are the backbone's too
+    head = list(dict.fromkeys(head))  # in the same order on all processes
+    with torch.no_grad(), eval_mode(lm), whole(*head), _replaced_forward(lm.base_model, lambda *a, **k: output):
         takes_count = math.isclose(loss(token_ids, 1), 2 * loss(token_ids, 2), rel_tol=1e-2)
         first = loss(first_only, 1)  # a mean over no token is NaN
         return LossFacts(takes_count, math.isnan(first) or first == 0)

@@ -32,6 +32,7 @@ from trl_helpers import (
 )
 
 from stm_plugin import scoring
+from stm_plugin.scoring import LossFacts, loss_facts
 from stm_plugin.sharding import is_sharded, whole
 
 TIMEOUT = 300
@@ -88,9 +89,11 @@ def _run(folder, out, stage=None, trainer=None, **options):
 
         made._stm_mask = masking
         before = _weights(made.model)
+        facts = loss_facts(made.model)
         made.train()
     run = made._stm_run
     return {
+        "facts": facts,
         "sharded": is_sharded(made.model),
         "receipt": made._stm_state.receipt,
         "digest": run.receipt["mask_digest"] if run else None,
@@ -186,6 +189,7 @@ def test_two_processes_train_as_one_without_it(name, both, folder, tmp_path, mon
     for rank in ranks:
         found = rank[name]
         assert found["sharded"] == (stage == 3)
+        assert found["facts"] == LossFacts(takes_count=True, shifts_labels=True)
         assert found["digest"] == alone["digest"]
         assert found["receipt"]["masked_tokens"] == alone["receipt"]["masked_tokens"] > 0
         assert found["items"] == [alone["items"][0]] * len(found["items"])
