@@ -1,4 +1,4 @@
-"""The command `axolotl` itself, in processes of its own: every spelling, every way to be silently plain, restarts.
+"""The command `axolotl` itself, in processes of its own: every spelling, every way to be silently plain.
 
 Each process takes Axolotl's start of ten seconds, so what a process of its own does not change is tested elsewhere.
 """
@@ -199,17 +199,6 @@ def test_two_processes_at_inf_equal_axolotl_with_both_switches(run, tmp_path):
     run("plugins: stm", arguments=arguments, **stm)
     assert receipt(tmp_path / "stm")["masked_tokens"] == 0
     assert _logged(tmp_path / "plain" / "checkpoint-4") == _logged(tmp_path / "stm" / "checkpoint-4")
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_checkpoint(run, tmp_path):
-    keys = LORA | {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "num_epochs": 2}
-    run("plugins: stm", **keys)
-    start = receipt(tmp_path / "out")
-    checkpoint = tmp_path / "out" / "checkpoint-2"
-    run("plugins: stm", **keys | {"resume_from_checkpoint": str(checkpoint), "output_dir": str(tmp_path / "resumed")})
-    assert receipt(tmp_path / "resumed")["mask_digest"] == start["mask_digest"]
-    assert _logged(tmp_path / "resumed" / "checkpoint-6") == _logged(tmp_path / "out" / "checkpoint-6")
 
 
 @pytest.mark.parametrize("kind", ["qlora", "8 bit"])
