@@ -64,7 +64,7 @@ def tokenizer():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(tokenizer):
     """Make a tiny random Llama whose logits are far from uniform; the same weights for the same seed."""
     import torch

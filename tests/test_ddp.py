@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +15,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from step_helpers import two_processes
 from trl_helpers import (
     IGNORE,
     CountTokens,
@@ -39,7 +39,6 @@ from trl_helpers import (
     weights,
 )
 
-TIMEOUT = 240
 NUM_ROWS = 24
 
 
@@ -255,27 +254,8 @@ def both(tokenizer, tmp_path_factory):
         json.dumps({"rows": rows, "threshold": math.exp(nats), "expected": expected, "out": "out"})
     )
     (folder / "out").mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        __file__,
-        folder,
-    ]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths[:1] + paths[2:] + paths[1:2]),
-        "STM_HOME": str(folder / "stm-home"),
-        "OMP_NUM_THREADS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    done = subprocess.run(command, env=environment, timeout=TIMEOUT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-20000:]
-    ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    return ranks, folder, done.stderr
+    ranks, errors = two_processes(__file__, folder)
+    return ranks, folder, errors
 
 
 def _alone(folder, tmp_path, monkeypatch, **options):

@@ -15,13 +15,10 @@ from trl_helpers import (
     IGNORE,
     RecordingSFT,
     RecordingSTM,
-    all_masked_row,
     assert_margin,
     documents_of_batches,
     float64_logits,
     history,
-    kept_gradient,
-    label_rows,
     nll_of_row,
     one_thread,  # noqa: F401
     plain_trainer,
@@ -171,72 +168,6 @@ def test_without_masks_it_is_sft_bit_for_bit(layout, tokenizer, make_model, chat
     assert plain.random_states == live.random_states
     assert plain.items == live.items
     assert same_bits(weights(plain.model), weights(live.model))
-
-
-def _step_gradient(rows, tokenizer, make_model, tmp_path, **options):
-    trainer = stm_trainer(
-        make_model(),
-        Dataset.from_list(rows),
-        tokenizer,
-        tmp_path,
-        trainer_class=RecordingSTM,
-        max_steps=1,
-        optim="sgd",
-        max_grad_norm=0.0,
-        learning_rate=0.1,
-        **CURRENT,
-        **options,
-    )
-    before = weights(trainer.model)
-    trainer.train()
-    return trainer, before
-
-
-CUTS = {
-    "16 x 1": {"per_device_train_batch_size": 16},
-    "8 x 2": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
-    "1 x 16": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
-    "padding-free": {
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "padding_free": True,
-        "max_length": None,
-    },
-}
-
-
-@pytest.mark.parametrize("empty", [0, 5, 16], ids=["none empty", "some empty", "all empty"])
-@pytest.mark.parametrize("cut", CUTS)
-def test_the_gradient_does_not_depend_on_how_the_step_is_cut(cut, empty, tokenizer, make_model, tmp_path):
-    """Sum of kept NLL over the number kept, over all micro-batches; nothing kept gives exactly zero."""
-    model = make_model()
-    nats = math.log(TAU)
-    rows = label_rows(tokenizer, 16)
-    for index in range(empty):
-        rows[index] = all_masked_row(
-            rows[index], lambda row: nll_of_row(row, lambda ids: float64_logits(model, ids)), nats
-        )
-    documents = [(row["input_ids"], row["labels"]) for row in rows]
-    nll = _nll(model, documents)
-    scores = [value for row in nll for value in row if not math.isnan(value)]
-    assert_margin(np.array(scores), nats)
-    kept = [
-        (ids, [IGNORE if value > nats else label for label, value in zip(labels, values, strict=True)])
-        for (ids, labels), values in zip(documents, nll, strict=True)
-    ]
-    expected, loss = kept_gradient(model, kept)
-    trainer, before = _step_gradient(rows, tokenizer, make_model, tmp_path, stm_threshold=TAU, **CUTS[cut])
-    found = trainer.gradients[0]
-    if empty == 16:
-        assert all(not value.any() for value in found.values())
-        assert len(found) == len(expected)
-        assert same_bits(before, weights(trainer.model))
-        assert sum(trainer.losses) == 0.0
-        return
-    difference = math.sqrt(sum(float(((found[name].double() - value) ** 2).sum()) for name, value in expected.items()))
-    norm = math.sqrt(sum(float((value**2).sum()) for value in expected.values()))
-    assert difference / norm <= 1e-5
-    assert history(trainer, "loss")[0][0] == pytest.approx(loss, rel=1e-3)
 
 
 def test_a_streaming_data_set(tokenizer, make_model, chats, tmp_path):
