@@ -109,15 +109,19 @@ def build(config):
     return setup_model_and_trainer(cfg, load_datasets(cfg=cfg, cli_args=TrainerCliArgs()))[0]
 
 
-def train(config):
-    """Train in this process; the trainer, with its batches in `batches`."""
+def train(config, callback=None):
+    """Train in this process; the trainer, with what each micro-batch was and lost in `batches` and `losses`."""
     trainer = build(config)
-    trainer.batches = []
+    if callback is not None:
+        trainer.add_callback(callback)
+    trainer.batches, trainer.losses = [], []
     host_step = trainer.training_step
 
     def training_step(model, inputs, *args, **kwargs):
         trainer.batches.append({name: value.clone() for name, value in inputs.items() if torch.is_tensor(value)})
-        return host_step(model, inputs, *args, **kwargs)
+        loss = host_step(model, inputs, *args, **kwargs)
+        trainer.losses.append(float(loss))
+        return loss
 
     trainer.training_step = training_step
     trainer.train()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("axolotl_helpers", "step_helpers", "trl_helpers")
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 CHATML = (

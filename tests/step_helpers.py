@@ -122,8 +122,8 @@ def relative_difference(found, expected):
 
 
 def _documents(batches):
-    """Those of the batches, without the padding of packs."""
-    return [(ids, labels) for ids, labels in documents_of_batches(batches) if len(ids) > 1]
+    """Those of the batches, without the padding of packs, whose token is 0."""
+    return [(ids, labels) for ids, labels in documents_of_batches(batches) if any(ids)]
 
 
 def two_processes(script, folder, **environment):
