@@ -157,13 +157,14 @@ def oracle(model, rows):
 
 
 def axolotl_process(*arguments, cwd, **environment):
-    """Start the command `axolotl` in a session of its own, its output as text in `stdout`."""
+    """Start the command `axolotl` in a session of its own, which finds `axolotl_plugins`; its output in `stdout`."""
     scripts = Path(sys.executable).parent
     path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    modules = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
     return subprocess.Popen(
         [str(scripts / "axolotl"), *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | ENVIRONMENT | {"PATH": path, "COLUMNS": "200"} | environment,
+        env=os.environ | ENVIRONMENT | {"PATH": path, "PYTHONPATH": modules, "COLUMNS": "200"} | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -177,12 +177,13 @@ TWO = {
     "arguments": ("--launcher", "torchrun", "--", "--standalone", "--nproc_per_node=2"),
     "environment": {"ACCELERATE_USE_CPU": "true"},
 }
+STM_OF_TWO = "plugins: [axolotl_plugins.NoPeers, stm]"
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(run, tmp_path):
     run("plugins: stm", **IN_TWO_PROCESSES | {"gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")})
-    done = run("plugins: stm", **TWO, **IN_TWO_PROCESSES | {"output_dir": str(tmp_path / "two")})
+    done = run(STM_OF_TWO, **TWO, **IN_TWO_PROCESSES | {"output_dir": str(tmp_path / "two")})
     assert done.stdout.count(ON) == 1
     one, two = (receipt(tmp_path / name) for name in ("one", "two"))
     assert one["mask_digest"] == two["mask_digest"]
@@ -193,20 +194,13 @@ def test_two_processes_equal_one(run, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_at_inf_equal_axolotl_with_both_switches(run, tmp_path):
-    (tmp_path / "switches.py").write_text(
-        "from axolotl.integrations.base import BasePlugin\n"
-        "class Switches(BasePlugin):\n"
-        "    def post_trainer_create(self, cfg, trainer):\n"
-        "        trainer.model_accepts_loss_kwargs = True\n"
-        "        trainer.args.average_tokens_across_devices = True\n"
-    )
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    both = TWO | {"environment": TWO["environment"] | {"PYTHONPATH": path}}
     keys = IN_TWO_PROCESSES | {"gradient_accumulation_steps": 2}
     run(
-        "plugins: [switches.Switches]", **both, **keys | {"stm_threshold": None, "output_dir": str(tmp_path / "plain")}
+        "plugins: [axolotl_plugins.NoPeers, axolotl_plugins.Switches]",
+        **TWO,
+        **keys | {"stm_threshold": None, "output_dir": str(tmp_path / "plain")},
     )
-    run("plugins: stm", **both, **keys | {"stm_threshold": math.inf, "output_dir": str(tmp_path / "stm")})
+    run(STM_OF_TWO, **TWO, **keys | {"stm_threshold": math.inf, "output_dir": str(tmp_path / "stm")})
     assert receipt(tmp_path / "stm")["masked_tokens"] == 0
     plain, stm = (_logged(tmp_path / name / "checkpoint-4", "loss", "grad_norm") for name in ("plain", "stm"))
     assert plain == stm

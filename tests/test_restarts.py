@@ -177,27 +177,6 @@ def test_a_killed_run_is_the_uninterrupted_one(reference, tuning, runs):
 
 # --- Axolotl --------------------------------------------------------------------------------------------------------
 
-BESIDE = f"""
-import signal
-import torch
-from axolotl.integrations.base import BasePlugin
-from transformers import TrainerCallback
-
-class Seeded(BasePlugin):
-    def pre_lora_load(self, cfg, model):  # Axolotl draws another adapter in every process
-        torch.manual_seed(0)
-
-class Pause(TrainerCallback):
-    def on_substep_end(self, args, state, control, **kwargs):
-        if state.global_step == {KILLED}:
-            print("{REPORT}", state.global_step, flush=True)
-            signal.pause()
-
-class Pauses(BasePlugin):
-    def add_callbacks_post_trainer(self, cfg, trainer):
-        return [Pause()]
-"""
-
 BY_COMMAND = {
     "micro_batch_size": 1,
     "gradient_accumulation_steps": 2,
@@ -222,20 +201,18 @@ def test_a_killed_run_of_axolotl_is_the_uninterrupted_one(reference, tuning, mak
     own = ["stm"] if reference != "none" else []
     options = {"stm_threshold": 400.0, "stm_reference": reference} if own else {}
     config = make_config(**BY_COMMAND, **TUNING[tuning], **options)
-    (tmp_path / "beside.py").write_text(BESIDE)
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
 
     def command(name, out, plugins):
         keys = {"output_dir": str(tmp_path / out), "dataset_prepared_path": str(tmp_path / f"data of {out}")}
         written = write_config(config | keys | {"plugins": plugins}, tmp_path, f"{name}.yml")
-        environment = {"PYTHONPATH": path, "STM_HOME": str(tmp_path / f"home of {out}")}
+        environment = {"PAUSE_AFTER": str(KILLED), "STM_HOME": str(tmp_path / f"home of {out}")}
         return axolotl_process("train", written, "--launcher", "python", cwd=tmp_path, **environment)
 
-    killed = command("killed", "again", [*own, "beside.Seeded", "beside.Pauses"])
+    killed = command("killed", "again", [*own, "axolotl_plugins.Seeded", "axolotl_plugins.Pauses"])
     assert kill_when_it_reports(killed) == str(KILLED)
     check_last_checkpoint(tmp_path / "again")
     finish(command("resumed", "again", own))
-    finish(command("whole", "whole", [*own, "beside.Seeded"]))
+    finish(command("whole", "whole", [*own, "axolotl_plugins.Seeded"]))
     check_same_run(tmp_path / "whole", tmp_path / "again", reference)
 
 

@@ -13,12 +13,14 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl_helpers import (
     IGNORE,
+    NoLossArguments,
     RecordingSFT,
     RecordingSTM,
     assert_margin,
     documents_of_batches,
     float64_logits,
     history,
+    label_rows,
     nll_of_row,
     one_thread,  # noqa: F401
     plain_trainer,
@@ -246,9 +248,48 @@ def test_there_is_nothing_to_score_ahead(tokenizer, make_model, chats, tmp_path)
         stm_trainer(make_model(), chats, tokenizer, tmp_path, **CURRENT).stm_score()
 
 
-def test_a_collator_without_labels_is_refused(tokenizer, make_model, chats, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda batch: {name: value for name, value in batch.items() if name != "labels"},
+        lambda batch: batch | {"shift_labels": batch["labels"].roll(-1)},
+    ],
+    ids=["no labels", "shifted labels"],
+)
+def test_batches_that_train_other_labels_are_refused(change, tokenizer, make_model, chats, tmp_path):
     trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path, max_steps=1, **CURRENT)
     collate = trainer.data_collator
-    trainer.data_collator = lambda rows: {k: v for k, v in collate(rows).items() if k != "labels"}
+    trainer.data_collator = lambda rows: change(dict(collate(rows)))
+    before = weights(trainer.model)
     with pytest.raises(ValueError, match="masks the 'labels' of each batch"):
         trainer.train()
+    assert same_bits(before, weights(trainer.model))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        False,
+        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="a label at position 0 passes for a kept one")),
+    ],
+)
+def test_a_loss_that_takes_no_count_is_refused_where_nothing_is_kept(first, tokenizer, make_model, tmp_path):
+    """It would divide zero by zero, a label at position 0 or not; where every micro-batch keeps a token, it trains."""
+    rows = label_rows(tokenizer, 4)
+    for row in rows:
+        row["labels"][0] = row["input_ids"][0] if first else IGNORE
+    nll = _nll(make_model(), [(row["input_ids"], row["labels"]) for row in rows])
+    lowest = [min(value for value in row if not math.isnan(value)) for row in nll]
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "loss_type": "nll"} | CURRENT
+
+    def trainer(nats):
+        model = NoLossArguments.like(make_model())
+        return stm_trainer(model, rows, tokenizer, tmp_path, stm_threshold=math.exp(nats), **options)
+
+    refused = trainer(max(lowest) - 0.01)
+    with pytest.raises(ValueError, match="takes no count of tokens"):
+        refused.train()
+    trained = trainer(max(lowest) + 0.01)
+    trained.train()
+    assert json.loads((tmp_path / "stm.json").read_text())["normalization"] == "host"
+    assert math.isfinite(history(trained, "loss")[0][0])
