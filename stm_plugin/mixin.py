@@ -141,6 +141,7 @@ class STMTrainerMixin(_Host):
         self._stm_counts: dict[str, Any] = {}
         self._stm_only_scores = False
         self._stm_totals: LiveTotals | None = None
+        self._stm_warned_of_stop_tokens = False
         self._stm_unsharded: tuple[ScoresKey, Any] | None = None
         self._stm_ranks = Ranks(self.args.process_index, self.args.world_size)
         facts = self._stm_ranks.each(self._stm_checked_facts)
@@ -285,6 +286,7 @@ class STMTrainerMixin(_Host):
         self._stm_state.make_receipt = lambda: run.receipt
         self.state.stateful_callbacks[STMState.__name__] = self._stm_state.state()
         self._stm_counts = {}
+        self._stm_warned_of_stop_tokens = False
         self._stm_announce(run.receipt, origin)
         if self.args.should_save and not self._stm_only_scores:
             write_receipt(run.receipt, self.args.output_dir)
@@ -353,16 +355,23 @@ class STMTrainerMixin(_Host):
 
         with preserved_random_state():
             masks = mask_batches(batches, options, self._stm_stop_token_ids(), scores_of, gathered)
-        if not self._stm_loss_takes_count() and any((batch["labels"] == IGNORE_INDEX).all() for batch in batches):
-            raise ValueError(
-                "A micro-batch keeps no token, and would divide by zero: the loss of "
-                f"{type(self.model).__name__} takes no count of tokens. Raise stm_threshold, or use larger batches."
-            )
-        own = [masks.documents.num_label_tokens, masks.num_masked, masks.num_stop_tokens, masks.num_masked_stop_tokens]
+        own = [
+            masks.documents.num_label_tokens,
+            masks.num_masked,
+            masks.num_stop_tokens,
+            masks.num_masked_stop_tokens,
+            sum(not _num_predicted(batch) for batch in batches),
+        ]
         counts = torch.tensor(own, device=self.args.device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
-        self._stm_totals.add(masks.threshold_nats, *counts.tolist())
+        *totals, num_empty = counts.tolist()
+        if num_empty and not self._stm_loss_takes_count():
+            raise ValueError(
+                f"{num_empty} micro-batches of a step keep no token, and would divide by zero: the loss of "
+                f"{type(self.model).__name__} takes no count of tokens. Raise stm_threshold, or use larger batches."
+            )
+        self._stm_totals.add(masks.threshold_nats, *totals)
         return torch.stack([counts[0] - counts[1], counts[1]])
 
     def _stm_apply(self, masks: Masks, run: MaskedRun) -> MaskedRun:
@@ -406,14 +415,20 @@ class STMTrainerMixin(_Host):
             origin,
             receipt["scores_entry"],
         )
-        if receipt["stop_tokens_masked_fraction"] > _STOP_TOKENS_WARNING:
-            self._stm_warn(
-                "STM masks %.1f %% of the stop tokens (%d of %d): the model may not learn to stop. A base model or a "
-                "foreign chat template is the usual cause. stm_keep_stop_tokens=True keeps them in the loss.",
-                100 * receipt["stop_tokens_masked_fraction"],
-                receipt["stop_tokens_masked"],
-                receipt["stop_tokens"],
-            )
+        self._stm_warn_of_stop_tokens(receipt)
+
+    def _stm_warn_of_stop_tokens(self, receipt: Receipt) -> None:
+        """Warn, once for each masked run, if too many stop tokens are masked."""
+        if self._stm_warned_of_stop_tokens or receipt["stop_tokens_masked_fraction"] <= _STOP_TOKENS_WARNING:
+            return
+        self._stm_warned_of_stop_tokens = True
+        self._stm_warn(
+            "STM masks %.1f %% of the stop tokens (%d of %d): the model may not learn to stop. A base model or a "
+            "foreign chat template is the usual cause. stm_keep_stop_tokens=True keeps them in the loss.",
+            100 * receipt["stop_tokens_masked_fraction"],
+            receipt["stop_tokens_masked"],
+            receipt["stop_tokens"],
+        )
 
     def _stm_find_or_make_scores(
         self, plan: ScorePlan, options: STMOptions, expected: ScoresKey | None = None
@@ -567,7 +582,7 @@ class STMTrainerMixin(_Host):
                 num_items_in_batch = num_items_in_batch.clamp(min=1)
             return batches, num_items_in_batch
         num_masked = sum(batch.pop(MASKED_COLUMN).sum() for batch in batches if MASKED_COLUMN in batch)
-        num_kept = sum((batch["labels"][..., 1:] != IGNORE_INDEX).sum() for batch in batches)
+        num_kept = sum(_num_predicted(batch) for batch in batches)
         if torch.is_tensor(num_masked) and torch.is_tensor(num_kept):
             counts = torch.stack([num_kept.to(device), num_masked.to(device)])
             if self.args.world_size > 1:
@@ -581,6 +596,7 @@ class STMTrainerMixin(_Host):
         """Add STM's metrics to the logs of training."""
         receipt = self._stm_state.receipt
         if receipt is not None and ("loss" in logs or "train_loss" in logs) and "sum" in self._stm_counts:
+            self._stm_warn_of_stop_tokens(receipt)
             num_kept, num_masked = self._stm_counts.pop("sum").tolist()
             logs["stm/kept_tokens"] = num_kept
             logs["stm/masked_fraction"] = num_masked / max(1, num_kept + num_masked)
@@ -626,6 +642,11 @@ def _scores_key(model: Any, autocast: Autocast, plan: ScorePlan, device: str) ->
         autocast=dtype,
         data=plan.fingerprint,
     )
+
+
+def _num_predicted(batch: dict[str, Any]) -> torch.Tensor:
+    """Labels of a batch that the loss is over; nothing predicts position 0."""
+    return (batch["labels"][..., 1:] != IGNORE_INDEX).sum()
 
 
 def check_unmasked(dataset: Any) -> None:

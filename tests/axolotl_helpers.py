@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -108,15 +109,19 @@ def build(config):
     return setup_model_and_trainer(cfg, load_datasets(cfg=cfg, cli_args=TrainerCliArgs()))[0]
 
 
-def train(config):
-    """Train in this process; the trainer, with its batches in `batches`."""
+def train(config, callback=None):
+    """Train in this process; the trainer, with what each micro-batch was and lost in `batches` and `losses`."""
     trainer = build(config)
-    trainer.batches = []
+    if callback is not None:
+        trainer.add_callback(callback)
+    trainer.batches, trainer.losses = [], []
     host_step = trainer.training_step
 
     def training_step(model, inputs, *args, **kwargs):
         trainer.batches.append({name: value.clone() for name, value in inputs.items() if torch.is_tensor(value)})
-        return host_step(model, inputs, *args, **kwargs)
+        loss = host_step(model, inputs, *args, **kwargs)
+        trainer.losses.append(float(loss))
+        return loss
 
     trainer.training_step = training_step
     trainer.train()
@@ -151,24 +156,37 @@ def oracle(model, rows):
     return scores
 
 
-def axolotl(*arguments, cwd, check=True, **environment):
-    """Run the command `axolotl`; the finished process, its output as text."""
+def axolotl_process(*arguments, cwd, **environment):
+    """Start the command `axolotl` in a session of its own, which finds `axolotl_plugins`; its output in `stdout`."""
     scripts = Path(sys.executable).parent
-    command = [str(scripts / "axolotl"), *map(str, arguments)]
     path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | ENVIRONMENT | {"PATH": path, "COLUMNS": "200"} | environment
-    done = subprocess.run(
-        command,
+    modules = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
+    return subprocess.Popen(
+        [str(scripts / "axolotl"), *map(str, arguments)],
         cwd=cwd,
-        env=environment,
+        env=os.environ | ENVIRONMENT | {"PATH": path, "PYTHONPATH": modules, "COLUMNS": "200"} | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        start_new_session=True,
     )
-    assert not check or done.returncode == 0, done.stdout[-6000:]
-    return done
+
+
+def finish(process, check=True):
+    """Wait for a command to end; the finished process, its output as text."""
+    try:
+        output, _ = process.communicate(timeout=600)
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert not check or process.returncode == 0, output[-6000:]
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+def axolotl(*arguments, cwd, check=True, **environment):
+    """Run the command `axolotl`; the finished process, its output as text."""
+    return finish(axolotl_process(*arguments, cwd=cwd, **environment), check)
 
 
 def write_config(config, folder, name="config.yml"):

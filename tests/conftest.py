@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("axolotl_helpers", "step_helpers", "trl_helpers")
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 CHATML = (
@@ -64,7 +66,7 @@ def tokenizer():
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(tokenizer):
     """Make a tiny random Llama whose logits are far from uniform; the same weights for the same seed."""
     import torch

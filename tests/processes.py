@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+TIMEOUT = 300
+
 
 def saved_llama(folder, tokenizer):
     """A tiny Llama far from uniform, saved with its tokenizer below `folder`."""
@@ -38,18 +40,30 @@ def load(folder):
     return model, AutoTokenizer.from_pretrained(folder / "model")
 
 
-def run_in_two_processes(file, *arguments, timeout, **environment):
-    """Run a test file as a script in two processes; what they wrote to stderr. Fails if they do."""
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[1])]
-    environment = os.environ | {
+def two_processes(script, folder, *arguments, **environment):
+    """Run a test module as a script in two gloo processes, which leave `rank-0.pt` and `rank-1.pt` in a folder.
+
+    Args:
+        script: The module's `__file__`; it is given the folder and the arguments.
+        folder: A folder.
+        *arguments: Strings.
+        **environment: Variables for the processes.
+
+    Returns:
+        What each rank has left, and the error output of both.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, folder]
+    command += arguments
+    # The folder of this file last: its modules must not shadow what is installed.
+    paths = [os.environ.get("PYTHONPATH", ""), str(Path(script).parents[1]), str(Path(script).parent)]
+    defaults = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "STM_HOME": str(folder / "stm-home"),
         "OMP_NUM_THREADS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
-        **environment,
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", file]
     done = subprocess.run(
-        [*command, *map(str, arguments)], env=environment, timeout=timeout, capture_output=True, text=True
+        command, env=os.environ | defaults | environment, timeout=TIMEOUT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-20000:]
-    return done.stderr
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)], done.stderr

@@ -78,7 +78,9 @@ def test_masks_of_chats(kind, make_config, make_model, tokenizer):
     config = make_config(**STM)
     config["datasets"][0] |= DATASETS[kind]
     trainer, facts = _check_masks(config, make_model, tokenizer)
-    assert _counted(trainer, facts) == facts["label_tokens"] - facts["masked_tokens"]
+    kept = facts["label_tokens"] - facts["masked_tokens"]
+    assert _counted(trainer, facts) == kept
+    assert sum(entry.get("stm/kept_tokens", 0) for entry in trainer.state.log_history) == kept
 
 
 def test_masks_of_spans_chosen_by_train_detail(make_config, make_model, tokenizer, chats, tmp_path):
@@ -354,6 +356,15 @@ def test_an_adapter_that_is_trained_further_is_part_of_the_reference(make_config
         ({"use_eaft": True}, "`plugins: stm` cannot be used with `use_eaft: true`"),
         ({"rl": "dpo"}, "`plugins: stm` cannot be used with `rl: dpo`"),
         ({"streaming": True}, "`stm_reference: initial` cannot be used with `streaming: true`"),
+        ({"stm_reference": "current", "stm_scores_dir": "scores"}, "has no effect while stm_reference is 'current'"),
+        (
+            {"stm_reference": "current", "stm_reference_kwargs": {"dtype": "float32"}},
+            "has no effect while stm_reference is 'current'",
+        ),
+        (
+            {"stm_reference": "current", "kd_trainer": True},
+            "`plugins: stm` cannot be used with `kd_trainer: true`",
+        ),
     ],
 )
 def test_bad_configs_are_refused_before_anything_is_loaded(keys, message, make_config, tmp_path):
@@ -407,6 +418,21 @@ def test_live_perplexity_of_the_first_step_masks_what_the_initial_one_does(keys,
     assert facts["reference"] == "current"
     assert 0 < live._stm_totals.masked_tokens < live._stm_totals.label_tokens
     assert not (tmp_path / "live" / "scores").exists()
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+def test_live_totals_are_those_of_the_metrics(packing, make_config, tmp_path):
+    keys = {"sample_packing": True, "sequence_len": 300, "micro_batch_size": 1} if packing else {}
+    trainer = train(make_config(**STM, **keys, stm_reference="current"))
+    plain = build(make_config(dataset_prepared_path=str(tmp_path / "plain"), **keys))
+    trainer.save_model(tmp_path / "saved")
+    facts = receipt(tmp_path / "saved")
+    assert facts["label_tokens"] == sum(
+        int((np.asarray(row["labels"])[1:] != IGNORE).sum()) for row in plain.train_dataset
+    )
+    kept = facts["label_tokens"] - facts["masked_tokens"]
+    assert 0 < _counted(trainer, facts, packing) == kept < facts["label_tokens"]
+    assert sum(entry.get("stm/kept_tokens", 0) for entry in trainer.state.log_history) == kept
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])

@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from processes import load, run_in_two_processes, saved_llama
+from processes import load, saved_llama, two_processes
 from trl_helpers import (
     IGNORE,
     CountTokens,
@@ -39,7 +39,6 @@ from trl_helpers import (
     weights,
 )
 
-TIMEOUT = 240
 NUM_ROWS = 24
 
 
@@ -255,8 +254,7 @@ def both(tokenizer, tmp_path_factory):
         json.dumps({"rows": rows, "threshold": math.exp(nats), "expected": expected, "out": "out"})
     )
     (folder / "out").mkdir()
-    errors = run_in_two_processes(__file__, folder, timeout=TIMEOUT, STM_HOME=str(folder / "stm-home"))
-    ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    ranks, errors = two_processes(__file__, folder)
     return ranks, folder, errors
 
 

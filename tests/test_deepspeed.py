@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
-from processes import load, run_in_two_processes, saved_llama
+from processes import load, saved_llama, two_processes
 from trl_helpers import (
     CountTokens,
     RecordingSTM,
@@ -35,7 +35,6 @@ from stm_plugin import scoring
 from stm_plugin.scoring import LossFacts, loss_facts
 from stm_plugin.sharding import is_sharded, whole
 
-TIMEOUT = 300
 TOKENS_PER_BATCH = 60
 NUM_ROWS = 16
 LEARNING_RATE = 1.0
@@ -150,7 +149,7 @@ def main(folder, stage):
     for name, (options, _, trainer) in SCENARIOS.items():
         os.environ["STM_HOME"] = str(folder / f"stm-home-{stage}-{name}")  # so that each scores
         found[name] = _run(folder, folder / f"out-{stage}", int(stage), trainer and trainer(), **options)
-        torch.save(found, folder / f"stage-{stage}-rank-{rank}.pt")
+        torch.save(found, folder / f"rank-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -173,8 +172,7 @@ def folder(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module", params=[2, 3], ids=["ZeRO-2", "ZeRO-3"])
 def both(folder, request):
     """Outcomes of both ranks of one launch, and the stage."""
-    run_in_two_processes(__file__, folder, request.param, timeout=TIMEOUT)
-    ranks = [torch.load(folder / f"stage-{request.param}-rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    ranks, _ = two_processes(__file__, folder, str(request.param))
     return ranks, request.param
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from processes import load, run_in_two_processes, saved_llama
+from processes import load, saved_llama, two_processes
 from trl_helpers import (
     RecordingSTM,
     assert_margin,
@@ -25,7 +25,6 @@ from trl_helpers import (
     threshold_between,
 )
 
-TIMEOUT = 240
 NUM_ROWS = 16
 FSDP = {
     "fsdp": "full_shard auto_wrap",
@@ -127,9 +126,9 @@ def runs(tokenizer, tmp_path_factory):
         made = _make(folder, folder / "alone", per_device_train_batch_size=4)
         made.stm_score()
         alone = _trained(made)
-    errors = run_in_two_processes(__file__, folder, timeout=TIMEOUT, STM_HOME=str(folder / "stm-home"))
+    ranks, errors = two_processes(__file__, folder)
     assert errors.count("Scores: found") == 1
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)], alone
+    return ranks, alone
 
 
 def test_training_under_fsdp_finds_the_scores_of_one_process(runs):

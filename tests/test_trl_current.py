@@ -13,14 +13,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl_helpers import (
     IGNORE,
+    NoLossArguments,
     RecordingSFT,
     RecordingSTM,
-    all_masked_row,
     assert_margin,
     documents_of_batches,
     float64_logits,
     history,
-    kept_gradient,
     label_rows,
     nll_of_row,
     one_thread,  # noqa: F401
@@ -173,72 +172,6 @@ def test_without_masks_it_is_sft_bit_for_bit(layout, tokenizer, make_model, chat
     assert same_bits(weights(plain.model), weights(live.model))
 
 
-def _step_gradient(rows, tokenizer, make_model, tmp_path, **options):
-    trainer = stm_trainer(
-        make_model(),
-        Dataset.from_list(rows),
-        tokenizer,
-        tmp_path,
-        trainer_class=RecordingSTM,
-        max_steps=1,
-        optim="sgd",
-        max_grad_norm=0.0,
-        learning_rate=0.1,
-        **CURRENT,
-        **options,
-    )
-    before = weights(trainer.model)
-    trainer.train()
-    return trainer, before
-
-
-CUTS = {
-    "16 x 1": {"per_device_train_batch_size": 16},
-    "8 x 2": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
-    "1 x 16": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
-    "padding-free": {
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "padding_free": True,
-        "max_length": None,
-    },
-}
-
-
-@pytest.mark.parametrize("empty", [0, 5, 16], ids=["none empty", "some empty", "all empty"])
-@pytest.mark.parametrize("cut", CUTS)
-def test_the_gradient_does_not_depend_on_how_the_step_is_cut(cut, empty, tokenizer, make_model, tmp_path):
-    """Sum of kept NLL over the number kept, over all micro-batches; nothing kept gives exactly zero."""
-    model = make_model()
-    nats = math.log(TAU)
-    rows = label_rows(tokenizer, 16)
-    for index in range(empty):
-        rows[index] = all_masked_row(
-            rows[index], lambda row: nll_of_row(row, lambda ids: float64_logits(model, ids)), nats
-        )
-    documents = [(row["input_ids"], row["labels"]) for row in rows]
-    nll = _nll(model, documents)
-    scores = [value for row in nll for value in row if not math.isnan(value)]
-    assert_margin(np.array(scores), nats)
-    kept = [
-        (ids, [IGNORE if value > nats else label for label, value in zip(labels, values, strict=True)])
-        for (ids, labels), values in zip(documents, nll, strict=True)
-    ]
-    expected, loss = kept_gradient(model, kept)
-    trainer, before = _step_gradient(rows, tokenizer, make_model, tmp_path, stm_threshold=TAU, **CUTS[cut])
-    found = trainer.gradients[0]
-    if empty == 16:
-        assert all(not value.any() for value in found.values())
-        assert len(found) == len(expected)
-        assert same_bits(before, weights(trainer.model))
-        assert sum(trainer.losses) == 0.0
-        return
-    difference = math.sqrt(sum(float(((found[name].double() - value) ** 2).sum()) for name, value in expected.items()))
-    norm = math.sqrt(sum(float((value**2).sum()) for value in expected.values()))
-    assert difference / norm <= 1e-5
-    assert history(trainer, "loss")[0][0] == pytest.approx(loss, rel=1e-3)
-
-
 def test_a_streaming_data_set(tokenizer, make_model, chats, tmp_path):
     stream = Dataset.from_list(chats).to_iterable_dataset()
     trainer = stm_trainer(
@@ -315,9 +248,61 @@ def test_there_is_nothing_to_score_ahead(tokenizer, make_model, chats, tmp_path)
         stm_trainer(make_model(), chats, tokenizer, tmp_path, **CURRENT).stm_score()
 
 
-def test_a_collator_without_labels_is_refused(tokenizer, make_model, chats, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda batch: {name: value for name, value in batch.items() if name != "labels"},
+        lambda batch: batch | {"shift_labels": batch["labels"].roll(-1)},
+    ],
+    ids=["no labels", "shifted labels"],
+)
+def test_batches_that_train_other_labels_are_refused(change, tokenizer, make_model, chats, tmp_path):
     trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path, max_steps=1, **CURRENT)
     collate = trainer.data_collator
-    trainer.data_collator = lambda rows: {k: v for k, v in collate(rows).items() if k != "labels"}
+    trainer.data_collator = lambda rows: change(dict(collate(rows)))
+    before = weights(trainer.model)
     with pytest.raises(ValueError, match="masks the 'labels' of each batch"):
         trainer.train()
+    assert same_bits(before, weights(trainer.model))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        False,
+        True,
+    ],
+)
+def test_a_loss_that_takes_no_count_is_refused_where_nothing_is_kept(first, tokenizer, make_model, tmp_path):
+    """It would divide zero by zero, a label at position 0 or not; where every micro-batch keeps a token, it trains."""
+    rows = label_rows(tokenizer, 4)
+    for row in rows:
+        row["labels"][0] = row["input_ids"][0] if first else IGNORE
+    nll = _nll(make_model(), [(row["input_ids"], row["labels"]) for row in rows])
+    lowest = [min(value for value in row if not math.isnan(value)) for row in nll]
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "loss_type": "nll"} | CURRENT
+
+    def trainer(nats):
+        model = NoLossArguments.like(make_model())
+        return stm_trainer(model, rows, tokenizer, tmp_path, stm_threshold=math.exp(nats), **options)
+
+    refused = trainer(max(lowest) - 0.01)
+    with pytest.raises(ValueError, match="takes no count of tokens"):
+        refused.train()
+    trained = trainer(max(lowest) + 0.01)
+    trained.train()
+    assert json.loads((tmp_path / "stm.json").read_text())["normalization"] == "host"
+    assert math.isfinite(history(trained, "loss")[0][0])
+
+
+def test_masked_stop_tokens_are_warned_of_once(tokenizer, make_model, chats, tmp_path, caplog):
+    """The tiny model finds the end of a turn as unlikely as anything."""
+    options = {"stm_reference": "current", "stm_threshold": 2.5, "max_steps": 3, "logging_steps": 1}
+    trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path, **options)
+    trainer.train()
+    assert trainer._stm_state.receipt["stop_tokens_masked_fraction"] > 0.05
+    assert caplog.text.count("the model may not learn to stop") == 1
+    caplog.clear()
+    options |= {"stm_keep_stop_tokens": True}
+    stm_trainer(make_model(), chats, tokenizer, tmp_path / "kept", **options).train()
+    assert "the model may not learn to stop" not in caplog.text

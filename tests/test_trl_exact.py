@@ -14,10 +14,11 @@ pytest.importorskip("torch", reason="torch is not installed")
 import torch
 from packaging.version import Version
 from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl_helpers import (
     IGNORE,
     CountTokens,
+    NoLossArguments,
     RecordingSFT,
     RecordingSTM,
     all_masked_row,
@@ -400,12 +401,6 @@ def test_packed_loss_is_that_of_each_document_alone(strategy, tokenizer, make_mo
     _assert_same_gradient(trainer.gradients[0], expected)
 
 
-class _NoLossArguments(LlamaForCausalLM):
-    """A model whose loss takes no count of tokens, as Gemma 3's and Qwen 2.5's with vision do not."""
-
-    accepts_loss_kwargs = False
-
-
 def _gpt2(tokenizer):
     """A model whose class does not say `ForCausalLM`: transformers counts labels at position 0 for it, too."""
     torch.manual_seed(0)
@@ -433,9 +428,7 @@ def test_normalization_says_what_the_gradient_is(kind, loss_type, tokenizer, mak
     def make():
         if kind == "gpt2":
             return _gpt2(tokenizer)
-        model = _NoLossArguments(make_model().config)
-        model.load_state_dict(make_model().state_dict())
-        return model
+        return NoLossArguments.like(make_model())
 
     rows, masked, threshold = _with_empty_rows(tokenizer, make)
     assert any(labels[0] != IGNORE for labels in masked), "no row trains its position 0"

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from stm_plugin.trl import STMSFTConfig, STMSFTTrainer
@@ -139,6 +139,19 @@ class CountTokens:
 
     def __exit__(self, *exc):
         self.handle.remove()
+
+
+class NoLossArguments(LlamaForCausalLM):
+    """A model whose loss takes no count of tokens, as Gemma 3's and Qwen 2.5's with vision do not."""
+
+    accepts_loss_kwargs = False
+
+    @classmethod
+    def like(cls, model):
+        """The same weights in a model of this class."""
+        made = cls(model.config)
+        made.load_state_dict(model.state_dict())
+        return made
 
 
 # --- The oracle ---------------------------------------------------------------------------------------------------
