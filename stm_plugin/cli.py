@@ -3,8 +3,11 @@
 import argparse
 import sys
 
-from . import __version__
+from . import __version__, inspection, sweep
 from .demo import run as demo
+from .document_store import DocumentsError
+from .scored import names_a_model
+from .store import ScoresError
 
 _EPILOG = """\
 examples:
@@ -29,14 +32,24 @@ def main(argv: list[str] | None = None) -> int:
 
         train(arguments[1:])
         return 0
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    status: int = args.run(args)
+    scores_now = arguments[:1] != ["demo"] and names_a_model(arguments)
+    parser = make_parser(scores_now)
+    args, args.rest = parser.parse_known_args(arguments)
+    if args.rest and not scores_now:
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    try:
+        status: int = args.run(args)
+    except (ScoresError, DocumentsError) as error:
+        parser.exit(1, f"stm: {error}\n")
     return status
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands but `sft`, which is TRL's; nothing heavy is loaded for it."""
+def make_parser(scores_now: bool = False) -> argparse.ArgumentParser:
+    """The parser of all subcommands but `sft`, which is TRL's; nothing heavy is loaded for it.
+
+    Args:
+        scores_now: Whether `inspect`, `sweep` and `report` take a model and data in the place of stored scores.
+    """
     parser = argparse.ArgumentParser(
         prog="stm",
         description="Selective Token Masking (arXiv 2501.14315): leave out of fine-tuning what makes a model forget.",
@@ -49,6 +62,13 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo", help="plain fine-tuning and STM side by side, measured, in minutes")
     demo.add_arguments(command)
     command.set_defaults(run=demo.main)
+    for name, module, text in (
+        ("inspect", inspection, "show rows in the terminal, with what is masked in them"),
+        ("sweep", sweep, "show what a range of thresholds masks"),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        module.add_arguments(command, scores_now)
+        command.set_defaults(run=module.main)
     return parser
 
 

@@ -131,6 +131,11 @@ def fraction_threshold_nats(nll: np.ndarray, fraction: float) -> float:
     return float(np.partition(nll, rank)[rank])
 
 
+def perplexity(nats: float) -> float:
+    """`exp(nats)`, at most about 1e304."""
+    return math.exp(min(float(nats), 700.0))
+
+
 def check_scores(nll: np.ndarray) -> None:
     """Raise ValueError if a score is NaN."""
     nans = np.flatnonzero(np.isnan(nll))

@@ -18,16 +18,30 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Arguments; None for the process's own.
     """
+    train(*parse(list(sys.argv[1:] if argv is None else argv)))
+
+
+def parse(arguments: list[str]) -> tuple[Any, Any, Any, Any]:
+    """TRL's argument objects (script, training, model, mixture) that a command line, or its YAML, spells out."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
     from .trl import STMSFTConfig
 
     parser = TrlParser((ScriptArguments, STMSFTConfig, ModelConfig, DatasetMixtureConfig), prog="stm sft")
-    train(*parser.parse_args_and_config(args=list(sys.argv[1:] if argv is None else argv)))
+    return parser.parse_args_and_config(args=arguments)
 
 
 def train(script_args: Any, training_args: Any, model_args: Any, mixture_args: Any) -> None:
     """Train with TRL's argument objects, as its own script does; the model is saved to `output_dir`."""
+    trainer = make_trainer(script_args, training_args, model_args, mixture_args)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def make_trainer(script_args: Any, training_args: Any, model_args: Any, mixture_args: Any) -> Any:
+    """The trainer that `stm sft` trains with."""
     from trl import get_peft_config, get_quantization_config
 
     from .trl import STMSFTTrainer
@@ -47,10 +61,9 @@ def train(script_args: Any, training_args: Any, model_args: Any, mixture_args: A
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if script_args.dataset_name and not mixture_args.datasets:
+        trainer._stm_data_name = Path(script_args.dataset_name).stem
+    return trainer
 
 
 def load_splits(script_args: Any, mixture_args: Any) -> Any:

@@ -184,6 +184,15 @@ class ScoreStore:
         return content
 
 
+def read_key(entry: Path) -> ScoresKey:
+    """The key of an entry.
+
+    Raises:
+        ScoresError: If its manifest is damaged or of another format.
+    """
+    return ScoresKey(**ScoreStore(entry.parent)._read_manifest(entry)["key"])
+
+
 def _unusable(path: Path, fault: str) -> ScoresError:
     return ScoresError(
         f"The scores in {path} cannot be used: {fault}. Delete that folder to have them made again, or set "
