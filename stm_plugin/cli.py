@@ -7,12 +7,14 @@ from . import __version__, inspection, sweep
 from .demo import run as demo
 from .document_store import DocumentsError
 from .scored import names_a_model
+from .report import command as report
 from .store import ScoresError
 
 _EPILOG = """\
 examples:
   stm demo                     see STM beside plain fine-tuning on a small real model
   stm sft --model_name_or_path MODEL --dataset_name chats.jsonl --use_peft --stm_threshold 2.5
+  stm inspect OUTPUT_FOLDER    see what a run masked, row by row; `stm sweep`, `stm report` take the same
   stm sft --config run.yaml    the same from a file; `stm sft --help` lists every option
 """
 
@@ -65,6 +67,7 @@ def make_parser(scores_now: bool = False) -> argparse.ArgumentParser:
     for name, module, text in (
         ("inspect", inspection, "show rows in the terminal, with what is masked in them"),
         ("sweep", sweep, "show what a range of thresholds masks"),
+        ("report", report, "write a page of HTML that shows what is masked and moves the threshold"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         module.add_arguments(command, scores_now)

@@ -29,7 +29,7 @@ class Style:
     """How rows are written.
 
     Attributes:
-        colour: Whether ANSI codes are written; without them, masked tokens stand between `~~` and `~~`.
+        colour: Whether ANSI codes are written; without them, masked tokens stand between `[-` and `-]`.
         redact: Whether masked tokens are left out, `[REDACTED]` in their place.
         context: How many tokens without a label are shown before each answer.
         most_tokens: How many tokens of a row are shown.
@@ -77,9 +77,9 @@ def heading(data: ScoredData, masks: Masks, strategy: str, style: Style) -> list
         f"perplexity above {perplexity(nats):.6g} ({nats:.6g} nats, strategy {strategy}): {masks.num_masked:,} of "
         f"{masks.documents.num_label_tokens:,} label tokens masked ({masks.masked_fraction:.2%})",
     ]
-    sign = "[REDACTED]" if style.redact else "masked" if style.colour else "~~masked~~"
+    sign = "[REDACTED]" if style.redact else "masked" if style.colour else "[-masked-]"
     if not style.colour:
-        return [*lines, f"reading: context | answer, {sign}"]
+        return [*lines, f"signs: {sign} ⏎ line break → tab · space"]
     lower, parts = "", []
     for upper, colour in BANDS:
         name = f" {lower}{'–' if lower and upper < math.inf else ''}{f'{upper:g}' if upper < math.inf else ' and more'} "
@@ -172,7 +172,7 @@ def _spans(tokens: list[_Token], style: Style) -> Iterator[str]:
             yield "[REDACTED]" if len(run) == 1 else f"[REDACTED ×{len(run)}]"
         elif not style.colour:
             text = "".join(map(_shown, run))
-            yield f"~~{text}~~" if kind[1] else text
+            yield f"[-{text}-]" if kind[1] else text
         else:
             yield "".join(_coloured(_shown(token), _codes(_band(token.nll), token.masked)) for token in run)
 
