@@ -6,8 +6,8 @@ import sys
 from . import __version__, inspection, sweep
 from .demo import run as demo
 from .document_store import DocumentsError
-from .scored import names_a_model
 from .report import command as report
+from .scored import names_a_model
 from .store import ScoresError
 
 _EPILOG = """\

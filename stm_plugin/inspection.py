@@ -82,7 +82,9 @@ def heading(data: ScoredData, masks: Masks, strategy: str, style: Style) -> list
         return [*lines, f"signs: {sign} ⏎ line break → tab · space"]
     lower, parts = "", []
     for upper, colour in BANDS:
-        name = f" {lower}{'–' if lower and upper < math.inf else ''}{f'{upper:g}' if upper < math.inf else ' and more'} "
+        name = (
+            f" {lower}{'–' if lower and upper < math.inf else ''}{f'{upper:g}' if upper < math.inf else ' and more'} "
+        )
         parts.append(_coloured(name if lower else f" up to {upper:g} ", _codes(colour, False)))
         lower = f"{upper:g}"
     masked = sign if style.redact else _coloured(sign, _STRUCK)

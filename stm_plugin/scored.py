@@ -32,12 +32,14 @@ class ScoredData:
         nll: NLL in nats of all label tokens, in the data set's order, shape `(N,)`, float32.
         key: Key of the scores.
         receipt: `stm.json` of the run that they belong to; None where they are not looked at as those of a run.
+        title: What to call them; None for model and data.
     """
 
     kept: KeptDocuments
     nll: np.ndarray
     key: ScoresKey
     receipt: Receipt | None = None
+    title: str | None = None
 
     @property
     def documents(self) -> Documents:
@@ -47,6 +49,8 @@ class ScoredData:
     @property
     def name(self) -> str:
         """Model and data, for a heading."""
+        if self.title is not None:
+            return self.title
         model = (self.receipt or {}).get("model")
         model = model.rstrip("/").rpartition("/")[2] if model else f"model {self.key.model[:8]}"
         return f"{model} on {self.kept.name}"
@@ -133,7 +137,9 @@ def _joined(
 ) -> ScoredData:
     scores = store.read(key, plan.num_scores)
     if scores is None:
-        raise ScoresError(f"The scores are gone from {store.path(key)}. Put that folder back, or score the data again.")
+        raise ScoresError(
+            f"The scores are gone from {store.path(key)}. Put that folder back, or score the data again."
+        )
     return ScoredData(kept, plan.spread(scores), key, receipt)
 
 

@@ -12,7 +12,7 @@ from .documents import Documents
 from .masks import apply_threshold, candidate_scores, threshold_in_nats
 from .options import STMOptions
 from .scored import RULE, ScoredData, add_source, options_of, scored_of
-from .selection import check_scores, fraction_threshold_nats, perplexity
+from .selection import check_scores, perplexity
 
 THRESHOLDS = (1.5, 2.0, 2.5, 3.0, 5.0, 10.0, 25.0, 100.0, 1000.0)
 FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.22, 0.24, 0.3, 0.4)
@@ -157,9 +157,7 @@ class Sweep:
     def _columns(self, row: SweepRow) -> str:
         star = "*" if row.in_paper_band else " "
         stop = f"{row.stop_tokens_masked:,} of {self.stop_tokens:,}"
-        return (
-            f"{row.masked_fraction:>10.2%} {star} {row.kept_tokens:>12,} {row.rows_without_kept_tokens:>14,} {stop:>13}"
-        )
+        return f"{row.masked_fraction:>10.2%} {star} {row.kept_tokens:>12,} {row.rows_without_kept_tokens:>14,} {stop:>13}"
 
     def as_json(self) -> dict[str, object]:
         """What JSON can hold; an infinite threshold is the string `inf`."""

@@ -57,7 +57,7 @@ def visible(text: str, *, line_breaks: bool = False) -> str:
     """Text without anything that acts rather than shows.
 
     Control and formatting characters (escape codes, NUL, marks of writing direction), separators, lone surrogates and
-    unassigned ones become `<U+202E>`; tabs and line breaks become `→`, `⏎` and `␍`.
+    unassigned ones become `<U+202E>`; tabs and line breaks become `→`, `⏎` and `←`.
 
     Args:
         text: Any text.
@@ -77,7 +77,7 @@ def _sign(character: str, line_breaks: bool) -> str:
     return f"<U+{ord(character):04X}>" if acts else character
 
 
-_SIGNS = {"\t": "→", "\r": "␍"}
+_SIGNS = {"\t": "→", "\r": "←"}
 
 
 def token_classes(documents: Documents, text_of: dict[int, str], stop_token_ids: Iterable[int]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The command `stm report`."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from ..constants import REPORT_NAME
@@ -16,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser, scores_now: bool = False) -> 
         "--out", type=Path, default=Path(REPORT_NAME), metavar="FILE", help="the page (default: %(default)s)"
     )
     parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="what to call the sources (default: model and data)"
+    )
+    parser.add_argument(
         "--png", type=Path, metavar="FOLDER", help="also write the plots there as PNG (needs the extra `report`)"
     )
 
@@ -24,11 +28,15 @@ def main(args: argparse.Namespace) -> int:
     """Run `stm report`.
 
     Raises:
-        ValueError: For more than two sources.
+        ValueError: For more than two sources, or another number of names.
     """
     if len(args.source or []) > 2:
         raise ValueError(f"stm report shows one source, or two side by side, got {len(args.source)}.")
     datas = scored_of(args)
+    if args.names and len(args.names) != len(datas):
+        raise ValueError(f"--names takes one name for each source, got {len(args.names)} for {len(datas)}.")
+    if args.names:
+        datas = [replace(data, title=name) for data, name in zip(datas, args.names, strict=True)]
     figures = make_figures(datas, [options_of(args, data) for data in datas])
     print(write_page(figures, args.out))
     if args.png is not None:

@@ -12,19 +12,21 @@ from functools import cached_property
 
 import numpy as np
 
+from ..constants import DEFAULT_THRESHOLD
 from ..masks import Masks, candidate_scores, threshold_in_nats
 from ..options import STMOptions
 from ..scored import ScoredData
 from ..selection import effective_scores, perplexity
-from ..sweep import PAPER_FRACTION, THRESHOLDS, shortest_threshold
+from ..sweep import THRESHOLDS, shortest_threshold
 from ..tokens import TOKEN_CLASSES, token_classes, visible
 
-BINS_PER_DECADE = 20
+BINS_PER_DECADE = 10
 """Bins of the distribution for each factor of ten of perplexity."""
 
-_MOST_DECADES = 12
-_MOST_STRINGS = 25
+_OUTLIERS = 0.001
+_MOST_STRINGS = 24
 _MOST_TURNS = 10
+_NAMED = (5, 10, 15, 20, 22, 24, 30)
 _ROUND = (
     (1.0, 1.1, 1.2, 1.3, 1.5, 1.6, 1.8, 2.0, 2.2, 2.4, 2.7, 3.0)
     + (3.3, 3.6, 3.9, 4.3, 4.7, 5.1, 5.6, 6.2, 6.8, 7.5, 8.2, 9.1)
@@ -75,6 +77,7 @@ class Figures:
         masks: What the report's own threshold masks.
         stops: The slider's thresholds, ascending.
         start: Index of the report's own threshold in them.
+        thresholds: The perplexity that masks each whole percent.
     """
 
     data: ScoredData
@@ -82,6 +85,7 @@ class Figures:
     masks: Masks
     stops: list[Stop]
     start: int
+    thresholds: dict[int, float]
 
     @cached_property
     def effective(self) -> np.ndarray:
@@ -130,13 +134,25 @@ class Figures:
         lowest = np.minimum.reduceat(self.codes, np.cumsum(counts) - counts)
         return (lowest[:, None] > np.arange(len(self.stops))).sum(axis=0)
 
+    @property
+    def for_percent(self) -> list[tuple[int, int]]:
+        """Some percentages, each with the index of the stop that masks as many of the label tokens, or just fewer."""
+        nats = [stop.nats for stop in self.stops]
+        return [
+            (percent, nats.index(math.log(value))) for percent, value in self.thresholds.items() if percent in _NAMED
+        ]
+
     @cached_property
     def histogram(self) -> np.ndarray:
-        """Label tokens in each bin of perplexity, from 1 up, `BINS_PER_DECADE` for each factor of ten."""
-        width = math.log(10) / BINS_PER_DECADE
-        finite = np.minimum(self.data.nll.astype(np.float64), _MOST_DECADES * math.log(10) - width / 2)
-        counts = np.bincount(np.maximum(finite / width, 0).astype(np.int64))
-        return np.pad(counts, (0, -len(counts) % BINS_PER_DECADE))
+        """Label tokens in each bin of perplexity, from 1 up, `BINS_PER_DECADE` for each factor of ten.
+
+        The last bin holds what lies beyond too: at most one token in a thousand.
+        """
+        nll = self.data.nll.astype(np.float64)
+        usual = min(float(np.quantile(nll, 1 - _OUTLIERS, method="lower")), 700.0)
+        size = max(1, math.ceil(usual / math.log(10))) * BINS_PER_DECADE
+        bins = np.clip(nll * (BINS_PER_DECADE / math.log(10)), 0, size - 1).astype(np.int64)
+        return np.bincount(bins, minlength=size)
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -158,13 +174,13 @@ class Figures:
             self._group(
                 "position in the answer", "Label tokens of one answer, counted from its first.", octave, octaves
             ),
-            self._group("turn", "Answers of one document, counted from its first.", turn, turns),
             self._group(
                 "token class",
                 "Code identifiers: names with an underscore, a digit or an inner capital, or directly before ( or [.",
                 classes,
                 list(TOKEN_CLASSES),
             ),
+            self._group("turn", "Answers of one document, counted from its first.", turn, turns),
         ]
         if self.data.kept.groups:
             row = np.repeat(self.data.kept.row_groups, self.labels_per_row)
@@ -200,6 +216,38 @@ class Figures:
         return counts[:, :0:-1].cumsum(axis=1, dtype=np.int32)[:, ::-1]
 
 
+def pair_rows(figures: list[Figures]) -> np.ndarray:
+    """Which rows of the data sets belong together: those with the same context before their first label token.
+
+    Returns:
+        Shape `(P, len(figures))`: indices of rows, `-1` where a data set has no such row; each row once.
+    """
+    first = figures[0]
+    pairs = np.arange(len(first.labels_per_row))[:, None]
+    for other in figures[1:]:
+        waiting: dict[bytes, list[int]] = {}
+        for row, context in enumerate(_contexts(other)):
+            waiting.setdefault(context, []).append(row)
+        for rows in waiting.values():
+            rows.reverse()
+        found = np.array([waiting[one].pop() if waiting.get(one) else -1 for one in _contexts(first)])
+        rest = np.array(sorted(row for rows in waiting.values() for row in rows), dtype=np.int64)
+        alone = np.full((len(rest), pairs.shape[1]), -1)
+        pairs = np.concatenate([np.column_stack([pairs, found]), np.column_stack([alone, rest])])
+    return pairs
+
+
+def _contexts(figures: Figures) -> list[bytes]:
+    """The token ids of each row before its first label token."""
+    documents = figures.data.documents
+    starts, ends = documents.row_offsets[:-1], documents.row_offsets[1:]
+    labels = np.append(np.flatnonzero(documents.label_mask), len(documents.input_ids))
+    until = np.minimum(labels[np.searchsorted(labels, starts)], ends)
+    return [
+        documents.input_ids[start:end].tobytes() for start, end in zip(starts.tolist(), until.tolist(), strict=True)
+    ]
+
+
 def make_figures(datas: list[ScoredData], options: list[STMOptions]) -> list[Figures]:
     """The figures of one or several data sets, at the same stops.
 
@@ -213,11 +261,12 @@ def make_figures(datas: list[ScoredData], options: list[STMOptions]) -> list[Fig
     if any(len(data.nll) == 0 for data in datas):
         raise ValueError("There is no label token to report on.")
     masks = [data.masks(some) for data, some in zip(datas, options, strict=True)]
-    stops = _stops(datas, options, masks)
+    thresholds = [_percent_thresholds(data, some) for data, some in zip(datas, options, strict=True)]
+    stops = _stops(datas, options, masks, thresholds)
     nats = [stop.nats for stop in stops]
     figures = [
-        Figures(data, some, mask, stops, nats.index(mask.threshold_nats))
-        for data, some, mask in zip(datas, options, masks, strict=True)
+        Figures(data, some, mask, stops, nats.index(mask.threshold_nats), percents)
+        for data, some, mask, percents in zip(datas, options, masks, thresholds, strict=True)
     ]
     for one in figures:
         if one.masked[one.start] != one.masks.num_masked:
@@ -225,26 +274,31 @@ def make_figures(datas: list[ScoredData], options: list[STMOptions]) -> list[Fig
     return figures
 
 
-def _stops(datas: list[ScoredData], options: list[STMOptions], masks: list[Masks]) -> list[Stop]:
+def _stops(
+    datas: list[ScoredData], options: list[STMOptions], masks: list[Masks], thresholds: list[dict[int, float]]
+) -> list[Stop]:
     """Round perplexities, a threshold for every whole percent of each data set, and the report's own."""
-    rounds = {float(f"{1 + base * 10.0**power:.6g}") for power in range(-4, 0) for base in _ROUND}
-    rounds |= {float(f"{base * 10.0**power:.6g}") for power in range(6) for base in _ROUND if base * 10**power >= 2}
-    stops = {math.log(value): Stop(math.log(value), f"{value:.10g}") for value in rounds | {*THRESHOLDS, 1e6}}
+    values = {float(f"{1 + base * 10.0**power:.6g}") for power in range(-4, 0) for base in _ROUND}
+    values |= {float(f"{base * 10.0**power:.6g}") for power in range(9) for base in _ROUND if base * 10**power >= 2}
+    values |= {*THRESHOLDS, 1e9}.union(*(some.values() for some in thresholds))
+    stops = {math.log(value): Stop(math.log(value), f"{value:.10g}") for value in values}
     stops[math.inf] = Stop(math.inf, "inf", "masks nothing")
-    for data, some in zip(datas, options, strict=True):
-        of_stop = set(data.kept.stop_token_ids)
-        candidates = np.sort(candidate_scores(data.documents, data.nll, some, of_stop))
-        for percent in range(1, 100) if len(candidates) else ():
-            here = replace(some, stm_threshold=None, stm_mask_fraction=percent / 100)
-            value = shortest_threshold(candidates, threshold_in_nats(candidates, here))
-            stop = Stop(math.log(value), repr(value))
-            stops.setdefault(stop.nats, stop)
-            if percent / 100 == PAPER_FRACTION:
-                note = f"masks {percent} %" + (f" of {data.name}" if len(datas) > 1 else "")
-                stops[stop.nats] = replace(stop, note=note)
     for data, some, mask in reversed([*zip(datas, options, masks, strict=True)]):
         nats = mask.threshold_nats
-        text = f"{some.threshold:g}" if some.threshold is not None else f"{perplexity(nats):.6g}"
-        note = "the run's own" if data.receipt and nats == data.receipt["threshold_nats"] else "this report's own"
+        text = f"{some.threshold:.10g}" if some.threshold is not None else f"{perplexity(nats):.10g}"
+        note = "the run's threshold" if data.receipt and nats == data.receipt["threshold_nats"] else "asked for"
+        if data.receipt is None and some.threshold == DEFAULT_THRESHOLD:
+            note = "the default"
         stops[nats] = Stop(nats, text, note)
     return [stops[nats] for nats in sorted(stops)]
+
+
+def _percent_thresholds(data: ScoredData, options: STMOptions) -> dict[int, float]:
+    """The perplexity that masks each whole percent of the label tokens, or just less where scores are equal."""
+    candidates = candidate_scores(data.documents, data.nll, options, set(data.kept.stop_token_ids))
+    if len(candidates) == 0:
+        return {}
+    candidates = np.sort(candidates)
+    wanted = (replace(options, stm_threshold=None, stm_mask_fraction=percent / 100) for percent in range(1, 100))
+    nats = [threshold_in_nats(candidates, some) for some in wanted]
+    return {percent: shortest_threshold(candidates, some) for percent, some in enumerate(nats, 1)}

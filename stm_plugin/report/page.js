@@ -62,10 +62,14 @@ for (const source of sources) {
     shown.labelAt[i + 1] = labels;
   }
 }
-// Rows of all sources, joined by their number.
-const rows = (sources[0].shown.row.length >= (two ? sources[1].shown.row.length : 0) ? sources[0] : sources[1])
-  .shown.row.map((row, place) => ({ row, place }));
-const partOf = (source, entry) => (entry.place < source.shown.row.length ? entry.place : -1);
+// Rows of all sources that belong together; a place is -1 where a source has none.
+const rows = data.pairs.map((places, at) => {
+  const numbers = places.map((place, of) => (place < 0 ? -1 : sources[of].shown.row[place]));
+  const same = numbers.every((row) => row === numbers[0]);
+  return { at, places, numbers, name: same ? `#${numbers[0]}` : numbers.map((row) => (row < 0 ? "–" : `#${row}`)).join(" | ") };
+});
+const partOf = (source, entry) => entry.places[sources.indexOf(source)];
+const byOrder = (a, b) => a.at - b.at;
 const labelsOf = (source, place) => source.shown.labelAt[place + 1] - source.shown.labelAt[place];
 
 let stop = data.start;
@@ -105,14 +109,14 @@ function power(exponent) {
   return exponent < 5 ? number(10 ** exponent) : "10" + String(exponent).replace(/\d/g, (d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]);
 }
 
-function perplexityAxis(svg, left, right, bottom, decades) {
+function perplexityAxis(svg, left, right, bottom, decades, title, andMore) {
   const x = (value) => left + (right - left) * Math.min(Math.max(value, 0) / Math.LN10, decades) / decades;
   svg.append(draw("line", { x1: left, x2: right, y1: bottom, y2: bottom, class: "axis" }));
   const every = decades > 8 ? 2 : 1;
   for (let d = 0; d <= decades; d++) {
     const at = left + (right - left) * d / decades;
     svg.append(draw("line", { x1: at, x2: at, y1: bottom, y2: bottom + 5, class: "axis" }));
-    if (d % every === 0) svg.append(text(at, bottom + 18, power(d), { "text-anchor": "middle" }));
+    if (d % every === 0) svg.append(text(at, bottom + 18, power(d) + (d === decades && andMore ? "+" : ""), { "text-anchor": "middle" }));
     if (d < decades && decades <= 6) {
       for (const m of [2, 5]) {
         const minor = left + (right - left) * (d + Math.log10(m)) / decades;
@@ -120,13 +124,13 @@ function perplexityAxis(svg, left, right, bottom, decades) {
       }
     }
   }
-  svg.append(text((left + right) / 2, bottom + 38, "perplexity of the token (log scale)", { "text-anchor": "middle" }));
+  svg.append(text((left + right) / 2, bottom + 38, title, { "text-anchor": "middle" }));
   return x;
 }
 
-function shareAxis(svg, left, right, top, bottom, most, title) {
-  const y = (share) => bottom - (bottom - top) * share / most;
-  for (const tick of ticksUpTo(most)[0]) {
+function shareAxis(svg, left, right, top, bottom, most, title, ticks = ticksUpTo(most)[0], scale = (share) => share) {
+  const y = (share) => bottom - (bottom - top) * scale(share) / scale(most);
+  for (const tick of ticks) {
     if (tick) svg.append(draw("line", { x1: left, x2: right, y1: y(tick), y2: y(tick), class: "grid" }));
     svg.append(text(left - 7, y(tick) + 4, String(tick), { "text-anchor": "end" }));
   }
@@ -139,14 +143,15 @@ const decadesOf = (source) => Math.max(1, source.histogram.length / data.bins_pe
 const allDecades = Math.max(...sources.map(decadesOf));
 
 function distribution(source, place) {
-  const [figure, svg] = chart("Distribution of perplexity", two ? source.name : "", 282, "Histogram of the label tokens' perplexity");
-  const [left, right, top, bottom] = [56, WIDTH - 12, 22, 228];
+  const [figure, svg] = chart("Distribution of perplexity", two ? source.name : "", 290, "Histogram of the label tokens' perplexity");
+  const [left, right, top, bottom] = [56, WIDTH - 14, 24, 236];
   const total = source.label_tokens;
   const shares = source.histogram.map((count) => 100 * count / total);
   const most = Math.max(...sources.flatMap((other) => other.histogram.map((count) => 100 * count / other.label_tokens)));
-  const [, step] = ticksUpTo(most);
-  const y = shareAxis(svg, left, right, top, bottom, Math.ceil(most / step - 1e-9) * step, "share of label tokens (%)");
-  const x = perplexityAxis(svg, left, right, bottom, allDecades);
+  const upTo = Math.ceil(most / 10) * 10;
+  const ticks = [0, 0.1, 1, 5, 10, 20, 40, 60, 80, 100].filter((tick) => tick <= upTo);
+  const y = shareAxis(svg, left, right, top, bottom, upTo, "label tokens (%, square-root scale)", ticks, Math.sqrt);
+  const x = perplexityAxis(svg, left, right, bottom, allDecades, "perplexity of the token (log scale)", true);
   const width = Math.LN10 / data.bins_per_decade;
   const id = `past-${place}`;
   const clip = draw("rect", { x: left, y: 0, width: 0, height: bottom });
@@ -181,13 +186,13 @@ function distribution(source, place) {
 }
 
 function shareCurve() {
-  const [figure, svg] = chart("Masked share by threshold", two ? "solid: first data set; dashed: second" : "", 282, "Masked share of the label tokens at each threshold");
-  const [left, right, top, bottom] = [56, WIDTH - 12, 22, 228];
+  const [figure, svg] = chart("Masked share by threshold", two ? "Solid: the first data set; dashed: the second." : "", 290, "Masked share of the label tokens at each threshold");
+  const [left, right, top, bottom] = [56, WIDTH - 14, 24, 236];
   const y = shareAxis(svg, left, right, top, bottom, 100, "masked label tokens (%)");
   const [low, high] = data.paper_band.map((share) => 100 * share);
   svg.append(draw("rect", { x: left, width: right - left, y: y(high), height: y(low) - y(high), class: "band" }),
     text(right - 4, y(high) - 5, `${low} to ${high} %: best in the paper`, { "text-anchor": "end", class: "band-ink" }));
-  const x = perplexityAxis(svg, left, right, bottom, allDecades);
+  const x = perplexityAxis(svg, left, right, bottom, allDecades, "threshold (perplexity, log scale)");
   const line = draw("line", { y1: top - 8, y2: bottom, class: "mark" });
   const label = text(0, top - 12, "", { class: "strong" });
   svg.append(line);
@@ -212,6 +217,21 @@ function shareCurve() {
     label.textContent = `${stops[stop].text}: ${sources.map((source) => percent(source.masked[stop], source.label_tokens)).join(" | ")}`;
   });
   return figure;
+}
+
+function shareTable() {
+  const table = make("table", {}, make("thead", {}, make("tr", {}, make("th", {}, "to mask"), ...sources[0].for_percent.map(([share]) => make("th", { class: "n" }, `${share}\u00a0%`)))));
+  const body = make("tbody");
+  for (const source of sources) {
+    body.append(make("tr", {}, make("td", {}, two ? source.name : "threshold"), ...source.for_percent.map(([, at]) => {
+      const button = make("button", { type: "button", class: "link" }, stops[at].text);
+      button.addEventListener("click", () => go(at));
+      return make("td", { class: "n" }, button);
+    })));
+  }
+  table.append(body);
+  return make("figure", { class: two ? "" : "wide" }, make("figcaption", {}, make("h3", {}, "Threshold for a share"),
+    make("span", { class: "muted" }, "The perplexity that masks so many of the label tokens, or just fewer where scores are equal.")), make("div", { class: "scroll" }, table));
 }
 
 function groupChart(source, place, group) {
@@ -243,18 +263,18 @@ function groupChart(source, place, group) {
   return figure;
 }
 
-function stringTable(source) {
+function stringTable(source, from, to) {
   const body = make("tbody");
   const table = make("table", {}, make("thead", {}, make("tr", {}, make("th", {}, "string"), make("th", { class: "n" }, "masked"), make("th", { class: "n" }, "occurs"), make("th", { class: "n" }, "share"))), body);
   const { labels, totals, masked } = source.strings;
   updates.push(() => {
     const order = labels.map((_, at) => at).filter((at) => masked[at][stop] > 0);
     order.sort((a, b) => masked[b][stop] - masked[a][stop] || a - b);
-    body.replaceChildren(...order.slice(0, 25).map((at) => make("tr", {},
+    body.replaceChildren(...order.slice(from, to).map((at) => make("tr", {},
       make("td", {}, make("span", { class: "code" }, labels[at].replace(/ /g, "·"))),
       make("td", { class: "n" }, number(masked[at][stop])), make("td", { class: "n" }, number(totals[at])),
       make("td", { class: "n" }, percent(masked[at][stop], totals[at])))));
-    if (!order.length) body.append(make("tr", {}, make("td", { colspan: 4, class: "muted" }, "nothing is masked")));
+    if (!order.length && !from) body.append(make("tr", {}, make("td", { colspan: 4, class: "muted" }, "nothing is masked")));
   });
   const card = make("div", { class: "card" });
   if (two) card.append(make("h3", {}, source.name));
@@ -281,7 +301,7 @@ function answerStart(source, place) {
   const { index, tokenAt, texts: words, isLabel } = source.shown;
   let content = "";
   for (let p = tokenAt[place]; p < tokenAt[place + 1] && content.length < 80; p++) if (isLabel(p)) content += words[index[p]];
-  return content.replace(/[⏎␍→\s]+/g, " ").slice(0, 80);
+  return content.replace(/[⏎←→\s]+/g, " ").slice(0, 80);
 }
 
 function countMasked() {
@@ -311,35 +331,34 @@ function matching() {
   const wanted = search.value;
   if (!wanted.trim()) return rows.slice();
   const byNumber = /^#(\d+)$/.exec(wanted.trim());
-  if (byNumber) return rows.filter((entry) => entry.row === Number(byNumber[1]));
-  if (!texts) texts = rows.map((entry) => sources.map((source) => (partOf(source, entry) < 0 ? "" : textOf(source, entry.place).toLowerCase().replace(/⏎\n/g, "\n").replace(/→/g, "\t"))));
+  if (byNumber) return rows.filter((entry) => entry.numbers.includes(Number(byNumber[1])));
+  if (!texts) texts = rows.map((entry) => sources.map((source) => (partOf(source, entry) < 0 ? "" : textOf(source, partOf(source, entry)).toLowerCase().replace(/⏎\n/g, "\n").replace(/→/g, "\t"))));
   const lower = wanted.toLowerCase();
-  return rows.filter((entry) => texts[entry.place].some((content) => content.includes(lower)));
+  return rows.filter((entry) => texts[entry.at].some((content) => content.includes(lower)));
 }
 
 function list() {
   const found = matching();
   const orders = {
-    share: (a, b) => shareOf(b) - shareOf(a) || a.row - b.row,
-    least: (a, b) => shareOf(a) - shareOf(b) || a.row - b.row,
-    row: (a, b) => a.row - b.row,
-    labels: (a, b) => most(b) - most(a) || a.row - b.row,
+    share: (a, b) => shareOf(b) - shareOf(a) || byOrder(a, b),
+    least: (a, b) => shareOf(a) - shareOf(b) || byOrder(a, b),
+    row: byOrder,
+    labels: (a, b) => most(b) - most(a) || byOrder(a, b),
   };
-  const most = (entry) => Math.max(...sources.map((source) => (partOf(source, entry) < 0 ? 0 : labelsOf(source, entry.place))));
+  const most = (entry) => Math.max(...sources.map((source) => (partOf(source, entry) < 0 ? 0 : labelsOf(source, partOf(source, entry)))));
   found.sort(orders[sort.value]);
-  const all = Math.max(...sources.map((source) => source.rows));
   byId("found").textContent = (search.value.trim() ? `${number(found.length)} found of ` : "") + `${number(rows.length)} rows` +
-    (all > rows.length ? ` shown of ${number(all)} (those with the largest share, others at even intervals)` : "");
+    (data.num_pairs > rows.length ? ` shown of ${number(data.num_pairs)} (those with the largest share, others at even intervals)` : "");
   listBody.replaceChildren(...found.slice(0, listed).map((entry) => {
     const first = sources.find((source) => partOf(source, entry) >= 0);
-    const button = make("button", { type: "button", class: "row", "data-row": entry.row, "aria-expanded": open.includes(entry) },
-      `#${entry.row}`, make("span", { class: "preview" }, answerStart(first, entry.place)));
+    const button = make("button", { type: "button", class: "row", "data-row": entry.at, "aria-expanded": open.includes(entry) },
+      entry.name, make("span", { class: "preview" }, answerStart(first, partOf(first, entry))));
     const line = make("tr", open.includes(entry) ? { class: "open" } : {}, make("td", {}, button));
     for (const source of sources) {
       const place = partOf(source, entry);
       const labels = place < 0 ? 0 : labelsOf(source, place);
-      line.append(make("td", { class: "n" }, labels ? `${number(source.shown.masked[place])} / ${number(labels)}` : "–"),
-        make("td", { class: "n" }, labels ? make("b", {}, (100 * source.shown.masked[place] / labels).toFixed(1) + "\u00a0%") : "–"));
+      if (!two) line.append(make("td", { class: "n" }, labels ? `${number(source.shown.masked[place])} / ${number(labels)}` : "–"));
+      line.append(make("td", { class: "n" }, labels ? make("b", {}, (100 * source.shown.masked[place] / labels).toFixed(1) + "\u00a0%") : "–"));
     }
     line.addEventListener("click", () => toggle(entry));
     return line;
@@ -405,23 +424,25 @@ function tokenNodes(source, place, from, target) {
 
 function showHeat() {
   heat.length = 0;
+  const answers = [];
   const parts = open.map((entry) => {
     const pair = make("div", { class: two ? "pair two" : "pair" });
     for (const source of sources) {
       const place = partOf(source, entry);
       const share = make("span", { class: "muted share" });
-      const head = make("div", { class: "head" }, make("h3", {}, `Row ${entry.row}` + (two ? ` · ${source.name}` : "")), share);
+      const head = make("div", { class: "head" }, make("h3", {}, place < 0 ? source.name : `Row ${source.shown.row[place]}` + (two ? ` of ${source.name}` : "")), share);
       const card = make("div", { class: "card" }, head);
       if (place < 0) card.append(make("p", { class: "muted" }, "This data set has no such row."));
       else {
         share.dataset.place = place;
         share.dataset.source = sources.indexOf(source);
-        const close = make("button", { type: "button", "aria-label": `Close row ${entry.row}` }, "close");
+        const close = make("button", { type: "button", "aria-label": `Close row ${entry.name}` }, "close");
         close.addEventListener("click", () => toggle(entry));
         head.append(close);
-        const box = make("div", { class: "text", tabindex: 0, role: "group", "aria-label": `Tokens of row ${entry.row}; the arrow keys go from one to the next` });
+        const box = make("div", { class: "text", tabindex: 0, role: "group", "aria-label": `Tokens of row ${entry.name}; the arrow keys go from one to the next` });
         tokenNodes(source, place, source.shown.tokenAt[place], box);
         card.append(box);
+        answers.push(box);
       }
       pair.append(card);
     }
@@ -429,6 +450,10 @@ function showHeat() {
   });
   if (!parts.length) parts.push(make("p", { class: "muted" }, "Choose a row to see its tokens."));
   byId("heat").replaceChildren(...parts);
+  for (const box of answers) {
+    const first = box.querySelector(".t");
+    if (first) box.scrollTop += first.getBoundingClientRect().top - box.getBoundingClientRect().top - box.clientHeight / 3;
+  }
   markMasked();
 }
 
@@ -526,19 +551,18 @@ function jump(label, to) {
 
 // ---------------------------------------------------------------- the page
 
-byId("title").textContent = two ? "Two data sets side by side" : sources[0].name;
+byId("title").textContent = two ? "Two sets of scores side by side" : sources[0].name;
 const facts = (source) => `${number(source.rows)} rows, ${number(source.documents)} documents, ${number(source.label_tokens)} label tokens` +
   (source.strategy === "high" ? "" : `; strategy ${source.strategy}`) + (source.keep_stop_tokens ? "; stop tokens are kept" : "");
 byId("subtitle").replaceChildren(...sources.flatMap((source, place) => [...(place ? [make("br")] : []), (two ? `${source.name}: ` : "") + facts(source)]));
 const jumps = new Map();
-jumps.set(data.start, `${stops[data.start].note.startsWith("the run") ? "the run's" : "this report's"} ${stops[data.start].text}`);
+for (const source of sources) jumps.set(source.start, `${stops[source.start].note}: ${stops[source.start].text}`);
 stops.forEach((one, at) => {
   if (jumps.has(at)) return;
-  if (one.text === data.default_threshold) jumps.set(at, `default ${one.text}`);
-  else if (one.note.startsWith("masks") && one.text !== "inf" && jumps.size < 4) jumps.set(at, `${one.note.replace("masks ", "")}: ${one.text}`);
+  if (one.text === data.default_threshold) jumps.set(at, `the default: ${one.text}`);
 });
 for (const [at, label] of jumps) jump(label, at);
-byId("charts").append(...(two ? [...sources.map(distribution), shareCurve()] : [distribution(sources[0], 0), shareCurve()]));
+byId("charts").append(...(two ? [...sources.map(distribution), shareCurve(), shareTable()] : [distribution(sources[0], 0), shareCurve(), shareTable()]));
 const titles = [...new Set(sources.flatMap((source) => source.groups.map((group) => group.title)))];
 for (const title of titles) {
   sources.forEach((source, place) => {
@@ -547,9 +571,9 @@ for (const title of titles) {
     else if (two) byId("groups").append(make("div"));
   });
 }
-byId("strings").append(...sources.map(stringTable));
-byId("list").tHead.append(make("tr", {}, make("th", {}, "row"), ...sources.flatMap((_, place) => [
-  make("th", { class: "n" }, "masked / labels" + (two ? (place ? " ╌" : " ─") : "")), make("th", { class: "n" }, "share")])));
+byId("strings").append(...(two ? sources.map((source) => stringTable(source, 0, 24)) : [stringTable(sources[0], 0, 12), stringTable(sources[0], 12, 24)]));
+byId("list").tHead.append(make("tr", {}, make("th", {}, "row"), ...sources.flatMap((_, place) => (two ?
+  [make("th", { class: "n narrow" }, `share ${place ? "╌" : "─"}`)] : [make("th", { class: "n" }, "masked / labels"), make("th", { class: "n narrow" }, "share")]))));
 byId("legend").append("perplexity", ...BANDS.map((upper, at) => make("span", { class: `t h${at + 1}` },
   `\u00a0${at ? `${BANDS[at - 1]}${upper === Infinity ? " and more" : `–${upper}`}` : `up to ${upper}`}\u00a0`)),
   make("span", { class: "t m" }, "masked"), make("span", { class: "context" }, "grey: no label, so context alone"));
@@ -576,7 +600,7 @@ paint(preferred.matches);
 preferred.addEventListener("change", () => paint(preferred.matches));
 theme.addEventListener("click", () => paint(document.documentElement.dataset.theme !== "dark"));
 go(data.start);
-const worst = rows.slice().sort((a, b) => shareOf(b) - shareOf(a) || a.row - b.row)[0];
+const worst = rows.slice().sort((a, b) => shareOf(b) - shareOf(a) || byOrder(a, b))[0];
 if (worst) toggle(worst);
 document.documentElement.dataset.ready = "true";
 })();

@@ -20,7 +20,7 @@ from ..receipt import Receipt
 from ..scored import ScoredData
 from ..sweep import PAPER_BAND
 from ..tokens import visible
-from .figures import BINS_PER_DECADE, Figures, Group, make_figures
+from .figures import BINS_PER_DECADE, Figures, Group, make_figures, pair_rows
 
 _MOST_BYTES = 20_000_000
 """Most bytes of token ids and scores that a page embeds, before base64."""
@@ -61,7 +61,9 @@ def make_page(figures: list[Figures]) -> str:
     """The page of some figures, the same characters for the same figures."""
     style, script = (_asset(name) for name in ("page.css", "page.js"))
     title = " | ".join(visible(one.data.name) for one in figures)
-    policy = f"default-src 'none'; style-src '{_policy_hash(style)}'; script-src '{_policy_hash(script)}'; img-src data:"
+    policy = (
+        f"default-src 'none'; style-src '{_policy_hash(style)}'; script-src '{_policy_hash(script)}'; img-src data:"
+    )
     parts = {
         "POLICY": html.escape(policy, quote=True),
         "TITLE": html.escape(f"STM report: {title}"),
@@ -78,7 +80,10 @@ def make_page(figures: list[Figures]) -> str:
 
 def _content(figures: list[Figures]) -> dict[str, Any]:
     first = figures[0]
-    chosen = chosen_rows(figures)
+    pairs = pair_rows(figures)
+    chosen = chosen_rows(figures, pairs)
+    shown = [np.sort(rows[rows >= 0]) for rows in chosen.T]
+    places = [np.where(rows < 0, -1, np.searchsorted(some, rows)) for some, rows in zip(shown, chosen.T, strict=True)]
     return {
         "stops": [
             {"nats": "inf" if np.isinf(stop.nats) else stop.nats, "text": stop.text, "note": stop.note}
@@ -88,38 +93,41 @@ def _content(figures: list[Figures]) -> dict[str, Any]:
         "default_threshold": f"{DEFAULT_THRESHOLD:g}",
         "paper_band": PAPER_BAND,
         "bins_per_decade": BINS_PER_DECADE,
-        "sources": [_source(one, chosen) for one in figures],
+        "pairs": np.column_stack(places).tolist(),
+        "num_pairs": len(pairs),
+        "sources": [_source(one, rows) for one, rows in zip(figures, shown, strict=True)],
     }
 
 
-def chosen_rows(figures: list[Figures], most_bytes: int = _MOST_BYTES) -> np.ndarray:
-    """The rows that the page shows, the same of every data set: all of them, where they fit.
+def chosen_rows(figures: list[Figures], pairs: np.ndarray, most_bytes: int = _MOST_BYTES) -> np.ndarray:
+    """The rows that the page shows: all of them, where they fit.
 
     Otherwise those of which the largest share is masked, as far as they fill half of the space, and others at even
     intervals.
 
     Args:
         figures: Figures of all data sets.
-        most_bytes: Most bytes of their token ids and scores.
+        pairs: Which rows belong together (see `pair_rows`).
+        most_bytes: Most bytes of token ids and scores.
 
     Returns:
-        Indices of rows, ascending.
+        Some of the pairs, in their order.
     """
-    number = max(len(one.labels_per_row) for one in figures)
-    size, share = np.zeros(number, dtype=np.int64), np.zeros(number)
-    for one in figures:
-        rows = len(one.labels_per_row)
-        size[:rows] += 4 * np.diff(one.data.documents.row_offsets) + 8 * one.labels_per_row
-        share[:rows] = np.maximum(share[:rows], one.masks.masked_per_row / np.maximum(1, one.labels_per_row))
+    size, share = np.zeros(len(pairs), dtype=np.int64), np.zeros(len(pairs))
+    for one, rows in zip(figures, pairs.T, strict=True):
+        there = rows >= 0
+        rows = rows[there]
+        size[there] += 4 * np.diff(one.data.documents.row_offsets)[rows] + 4 * one.labels_per_row[rows]
+        masked = one.masks.masked_per_row[rows] / np.maximum(1, one.labels_per_row[rows])
+        share[there] = np.maximum(share[there], masked)
     if size.sum() <= most_bytes:
-        return np.arange(number)
-    worst_first = np.argsort(-share, kind="stable")
-    worst_first = worst_first[np.cumsum(size[worst_first]) <= most_bytes // 2]
-    others = np.setdiff1d(np.arange(number), worst_first)
-    room = most_bytes - int(size[worst_first].sum())
-    step = max(1, -(-int(size[others].sum()) // room))
-    evenly = others[::step]
-    return np.union1d(worst_first, evenly[np.cumsum(size[evenly]) <= room])
+        return pairs
+    highest_first = np.argsort(-share, kind="stable")
+    highest = highest_first[np.cumsum(size[highest_first]) <= most_bytes // 2]
+    others = np.setdiff1d(np.arange(len(pairs)), highest)
+    room = most_bytes - int(size[highest].sum())
+    evenly = others[:: max(1, -(-int(size[others].sum()) // room))]
+    return pairs[np.union1d(highest, evenly[np.cumsum(size[evenly]) <= room])]
 
 
 def _source(figures: Figures, chosen: np.ndarray) -> dict[str, Any]:
@@ -133,13 +141,14 @@ def _source(figures: Figures, chosen: np.ndarray) -> dict[str, Any]:
         "documents": len(data.documents),
         "stop_tokens": figures.masks.num_stop_tokens,
         "start": figures.start,
+        "for_percent": figures.for_percent,
         "masked": figures.masked.tolist(),
         "rows_without_kept_tokens": figures.rows_without_kept_tokens.tolist(),
         "stop_tokens_masked": figures.stop_tokens_masked.tolist(),
         "histogram": figures.histogram.tolist(),
         "groups": [_group(group) for group in figures.groups],
         "strings": _group(figures.strings),
-        "shown": _rows(figures, chosen[chosen < len(figures.labels_per_row)]),
+        "shown": _rows(figures, chosen),
         "receipt": _lines(data.receipt) if data.receipt is not None else [],
     }
 
