@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     scores_now = arguments[:1] != ["demo"] and names_a_model(arguments)
     parser = make_parser(scores_now)
-    args, args.rest = parser.parse_known_args(arguments)
-    if args.rest and not scores_now:
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    args, rest = parser.parse_known_args(arguments)
+    if rest and not scores_now:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     try:
         status: int = args.run(args)
     except (ScoresError, DocumentsError) as error:

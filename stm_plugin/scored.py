@@ -106,8 +106,8 @@ def read_scored(source: str | os.PathLike[str]) -> ScoredData:
         kept, plan = read_documents(find_documents(key.data))
         return _joined(kept, plan, ScoreStore(folder.resolve().parent), key)
     raise ScoresError(
-        f"{folder} has neither a {RECEIPT_NAME} nor a {MANIFEST}. Give the output folder or a checkpoint of a run with "
-        f"STM, or an entry of the scores folder (by default below {default_root()})."
+        f"{folder} has neither a {RECEIPT_NAME} nor a {MANIFEST}. Give the output folder or a checkpoint of a run "
+        f"with STM, or an entry of the scores folder (by default below {default_root()})."
     )
 
 
@@ -156,11 +156,11 @@ def score_now(arguments: list[str]) -> ScoredData:
 
 
 def names_a_model(arguments: list[str]) -> bool:
-    """Whether a command line asks for scores made now: its other flags are those of `stm sft`, and it has no SOURCE."""
+    """Whether a command line asks for scores made now: its flags are those of `stm sft`, without a SOURCE."""
     return any(argument.partition("=")[0] in ("--model_name_or_path", "--config") for argument in arguments)
 
 
-def add_source(parser: argparse.ArgumentParser, sources: str | None, rule: tuple[str, ...]) -> None:
+def add_source(parser: argparse.ArgumentParser, sources: str | int | None, rule: tuple[str, ...]) -> None:
     """Add what every command takes: where the scores are, and which tokens are masked.
 
     Args:
@@ -198,9 +198,8 @@ def scored_of(args: argparse.Namespace) -> list[ScoredData]:
     Args:
         args: What a parser with `add_source` read; `rest` holds what it did not know, for `stm sft`.
     """
-    sources = [args.source] if isinstance(args.source, str) else args.source or []
-    if sources:
-        return [read_scored(source) for source in sources]
+    if args.source:
+        return [read_scored(source) for source in args.source]
     given = _rule_given(args)
     return [score_now([*args.rest, *(part for name, value in given.items() for part in (f"--{name}", str(value)))])]
 

@@ -155,9 +155,9 @@ class Sweep:
         ]
 
     def _columns(self, row: SweepRow) -> str:
-        star = "*" if row.in_paper_band else " "
+        share = f"{row.masked_fraction:>10.2%} {'*' if row.in_paper_band else ' '}"
         stop = f"{row.stop_tokens_masked:,} of {self.stop_tokens:,}"
-        return f"{row.masked_fraction:>10.2%} {star} {row.kept_tokens:>12,} {row.rows_without_kept_tokens:>14,} {stop:>13}"
+        return f"{share} {row.kept_tokens:>12,} {row.rows_without_kept_tokens:>14,} {stop:>13}"
 
     def as_json(self) -> dict[str, object]:
         """What JSON can hold; an infinite threshold is the string `inf`."""

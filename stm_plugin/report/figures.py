@@ -27,10 +27,7 @@ _OUTLIERS = 0.001
 _MOST_STRINGS = 24
 _MOST_TURNS = 10
 _NAMED = (5, 10, 15, 20, 22, 24, 30)
-_ROUND = (
-    (1.0, 1.1, 1.2, 1.3, 1.5, 1.6, 1.8, 2.0, 2.2, 2.4, 2.7, 3.0)
-    + (3.3, 3.6, 3.9, 4.3, 4.7, 5.1, 5.6, 6.2, 6.8, 7.5, 8.2, 9.1)
-)  # fmt: skip
+_ROUND = np.round(10 ** (np.arange(24) / 24), 1).tolist()
 
 
 @dataclass(frozen=True)
