@@ -1,14 +1,14 @@
 """The command `stm`."""
 
 import argparse
+import functools
 import sys
+from collections.abc import Callable
 
 from . import __version__, inspection, sweep
 from .demo import run as demo
-from .document_store import DocumentsError
 from .report import command as report
 from .scored import names_a_model
-from .store import ScoresError
 
 _EPILOG = """\
 examples:
@@ -40,10 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if rest and not scores_now:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
-    try:
-        status: int = args.run(args)
-    except (ScoresError, DocumentsError) as error:
-        parser.exit(1, f"stm: {error}\n")
+    status: int = args.run(args)
     return status
 
 
@@ -72,8 +69,17 @@ def make_parser(scores_now: bool = False) -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         module.add_arguments(command, scores_now)
-        command.set_defaults(run=module.main)
+        command.set_defaults(run=functools.partial(_told, module.main))
     return parser
+
+
+def _told(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command whose errors say what to change, so that they need no traceback."""
+    try:
+        return run(args)
+    except ValueError as error:
+        print(f"stm: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
