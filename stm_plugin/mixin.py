@@ -378,7 +378,7 @@ class STMTrainerMixin(_Host):
             autocast=run.key.autocast,
             normalization="global" if self._stm_counts_tokens() else "host",
             model=self._stm_model_name(run.options),
-            documents=self._stm_from_main(lambda: self._stm_keep_documents(run)),
+            documents_file=self._stm_from_main(lambda: self._stm_keep_documents(run)),
         )
         return MaskedRun(run.options, run.source, masked, run.plan, run.scores, run.key, receipt)
 

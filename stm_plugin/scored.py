@@ -119,7 +119,7 @@ def _of_run(folder: Path) -> ScoredData:
             "look at. Give a run with stm_reference 'initial', or score the data with a model."
         )
     key = ScoresKey(**receipt["scores_key"])
-    path = documents_folder() / receipt["documents"] if receipt.get("documents") else None
+    path = documents_folder() / receipt["documents_file"] if receipt.get("documents_file") else None
     kept, plan = read_documents(path if path is not None and path.is_file() else find_documents(key.data))
     entry = Path(receipt["scores_entry"])
     data = _joined(kept, plan, ScoreStore(entry.parent if entry.is_dir() else None), key, receipt)

@@ -220,7 +220,7 @@ def test_a_run_goes_on_where_rows_cannot_be_kept(run, tmp_path, caplog):
     trainer.train()
     assert trainer.state.global_step > 0
     assert "could not be kept" in caplog.text
-    assert json.loads((tmp_path / "out" / "stm.json").read_text())["documents"] is None
+    assert json.loads((tmp_path / "out" / "stm.json").read_text())["documents_file"] is None
 
 
 def test_options_of_a_receipt_are_the_runs(run):

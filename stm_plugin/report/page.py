@@ -52,8 +52,11 @@ def write_page(figures: list[Figures], path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(make_page(figures), encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(make_page(figures), encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
     return path
 
 
