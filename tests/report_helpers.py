@@ -1,6 +1,7 @@
 """What the tests of inspect, sweep and report share: a small scored data set, and oracles that share no code."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def nll_rows(data):
     scores, rows = iter(data.nll.tolist()), []
     offsets = data.documents.row_offsets.tolist()
     starts = set(data.documents.document_offsets[:-1].tolist())
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, end in pairwise(offsets):
         is_label = [data.documents.labels[p] != IGNORE and p not in starts for p in range(start, end)]
         rows.append([next(scores) if label else math.nan for label in is_label])
     assert next(scores, None) is None

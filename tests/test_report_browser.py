@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -72,10 +73,7 @@ def rows_of(data):
     offsets, labels = data.documents.row_offsets.tolist(), data.documents.labels
     nll = np.full(len(labels), np.nan, np.float32)
     nll[labels != IGNORE] = data.nll
-    return [
-        (data.documents.input_ids[a:b].tolist(), labels[a:b].tolist(), nll[a:b])
-        for a, b in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
+    return [(data.documents.input_ids[a:b].tolist(), labels[a:b].tolist(), nll[a:b]) for a, b in pairwise(offsets)]
 
 
 def masked_by_rule(data, threshold):

@@ -1,4 +1,4 @@
-"""Rows kept on disk beside their scores: found again, checked, never trusted; and runs whose receipts they belong to."""
+"""Rows kept on disk beside their scores: found again, checked, never trusted; and the runs they belong to."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_data_sets_with_the_same_documents_are_told_apart():
 
 @pytest.mark.parametrize("fault", ["cut", "other bytes", "no archive", "renamed", "other rows", "pickle"])
 def test_damage_is_found(fault):
-    data, entry = stored()
+    _, entry = stored()
     (path,) = documents_folder().iterdir()
     content = bytearray(path.read_bytes())
     if fault == "cut":
@@ -242,8 +242,8 @@ def test_scores_made_now(tokenizer, make_model, chats, tmp_path, capsys, monkeyp
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    flags = "--model_name_or_path model --dataset_name chats.jsonl --output_dir out --use_cpu true --bf16 false --report_to none"
-    assert main(["sweep", "--json", "--stm_keep_stop_tokens", *flags.split()]) == 0
+    flags = "--model_name_or_path model --dataset_name chats.jsonl --output_dir out --use_cpu true --bf16 false"
+    assert main(["sweep", "--json", "--stm_keep_stop_tokens", *flags.split(), "--report_to", "none"]) == 0
     made = json.loads(capsys.readouterr().out)
     (entry,) = (Path(os.environ["STM_HOME"]) / "scores").iterdir()
     assert main(["sweep", "--json", "--stm_keep_stop_tokens", str(entry)]) == 0

@@ -70,7 +70,8 @@ def classes_of(*texts, stop=()):
 
 
 def test_classes():
-    assert classes_of("  ", "\n", " ,", "):", " 12", "7", " the", "é", "<|im_end|>", "<0xE2><0x80>", "", stop=["<|im_end|>"]) == [
+    texts = ["  ", "\n", " ,", "):", " 12", "7", " the", "é", "<|im_end|>", "<0xE2><0x80>", ""]
+    assert classes_of(*texts, stop=["<|im_end|>"]) == [
         "whitespace",
         "whitespace",
         "punctuation",
@@ -82,7 +83,7 @@ def test_classes():
         "stop tokens",
         "parts of characters",
         "whitespace",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_word_is_of_code_by_what_it_is_part_of():
