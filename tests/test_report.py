@@ -232,6 +232,11 @@ def test_ties_and_infinite_scores_are_masked_as_the_rule_says():
     assert source["masked"][source["start"]] == sum(masked_rows(data, 2.5)[0])
 
 
+def test_a_score_at_the_threshold_of_a_fraction_is_kept(data):
+    (source,) = content_of(page_of(data, options=[STMOptions(stm_mask_fraction=0.22)]))["sources"]
+    assert source["masked"][source["start"]] == math.floor(0.22 * len(data.nll))
+
+
 def test_the_same_data_make_the_same_bytes(tmp_path):
     _, entry = stored()
     pages = []

@@ -128,6 +128,16 @@ def test_tokens_are_masked_anew_as_the_slider_moves(open_page, data):
     assert [text.replace("⏎", "") for text in texts] == expected
 
 
+def test_a_score_at_the_threshold_of_a_fraction_is_kept(open_page):
+    ids = [3, *range(1, 11)]
+    nll = np.arange(1, 11, dtype=np.float32)
+    page = open_page(
+        scored([{"input_ids": ids, "labels": [IGNORE, *ids[1:]]}], nll), options=[STMOptions(stm_mask_fraction=0.3)]
+    )
+    assert page.locator("#list td b").inner_text() == "30.0\xa0%"
+    assert page.locator("#heat .t.m").count() == 3
+
+
 @pytest.mark.parametrize("strategy", ["low", "random"])
 def test_controls_are_masked_as_in_training(open_page, data, strategy):
     options = STMOptions(stm_threshold=3.0, stm_strategy=strategy, stm_seed=4)
