@@ -81,7 +81,10 @@ class KeptDocuments:
             name: What the data are called; None for the name that they were loaded by.
         """
         documents = plan.documents
-        token_ids = np.union1d(documents.input_ids, documents.label_ids).tolist()
+        occurs = np.zeros(1 + int(max(documents.input_ids.max(initial=0), documents.labels.max(initial=0))), dtype=bool)
+        occurs[documents.input_ids] = True
+        occurs[documents.label_ids] = True
+        token_ids = np.flatnonzero(occurs).tolist()
         texts = token_texts(tokenizer, token_ids)
         return cls(
             documents,

@@ -244,6 +244,19 @@ def test_redacted(open_page, data):
     assert token.evaluate("node => getComputedStyle(node).fontSize") == "0px"
 
 
+def test_perplexities_as_numbers(open_page, data):
+    page = open_page(data)
+    open_row(page, 7)
+    page.locator("#numbers").check()
+    _, labels, nll = rows_of(data)[7]
+    scores = [score for score, label in zip(nll.tolist(), labels, strict=True) if label != IGNORE]
+    shown = page.locator("#heat .card").first.locator(".t").evaluate_all(
+        "nodes => nodes.map(node => getComputedStyle(node, '::after').content)"
+    )
+    numbers = [float(text.strip('"').replace(",", "")) for text in shown]
+    assert numbers == pytest.approx([math.exp(score) for score in scores], rel=1e-3)
+
+
 def test_hostile_text_runs_nothing(open_page):
     rows = [{"input_ids": [3, *range(12)], "labels": [IGNORE, *range(12)]} for _ in range(3)]
     name = "</title><script>document.title='run'</script>"

@@ -143,7 +143,7 @@ const decadesOf = (source) => Math.max(1, source.histogram.length / data.bins_pe
 const allDecades = Math.max(...sources.map(decadesOf));
 
 function distribution(source, place) {
-  const [figure, svg] = chart("Distribution of perplexity", two ? source.name : "", 290, "Histogram of the label tokens' perplexity");
+  const [figure, svg] = chart("Distribution of perplexity", [two ? source.name : "", source.keep_stop_tokens ? "Stop tokens are kept wherever they lie." : ""].filter(Boolean).join(". "), 290, "Histogram of the label tokens' perplexity");
   const [left, right, top, bottom] = [56, WIDTH - 14, 24, 236];
   const total = source.label_tokens;
   const shares = source.histogram.map((count) => 100 * count / total);
@@ -179,8 +179,9 @@ function distribution(source, place) {
     const late = at > WIDTH / 2;
     label.setAttribute("x", at + (late ? -2 : 2));
     label.setAttribute("text-anchor", late ? "end" : "start");
-    const masked = `masked ${percent(source.masked[stop], total)}`;
-    label.textContent = late ? `kept | ${masked}` : `kept | ${masked} →`;
+    const masked = percent(source.masked[stop], total);
+    if (source.strategy !== "high") label.textContent = `threshold; masked ${masked}`;
+    else label.textContent = `kept | masked ${masked}` + (late ? "" : " →");
   });
   return figure;
 }
@@ -404,7 +405,7 @@ function tokenNodes(source, place, from, target) {
       continue;
     }
     flush();
-    const node = make("span", { class: `t h${band(nll[label])}` }, words[index[p]]);
+    const node = make("span", { class: `t h${band(nll[label])}`, "data-p": perplexity(nll[label]) }, words[index[p]]);
     heat.push({ node, source, label, position: p - tokenAt[place], id: source.shown.ids[index[p]], row: source.shown.row[place] });
     node.dataset.at = heat.length - 1;
     target.append(node);
@@ -576,7 +577,7 @@ byId("list").tHead.append(make("tr", {}, make("th", {}, "row"), ...sources.flatM
   [make("th", { class: "n narrow" }, `share ${place ? "╌" : "─"}`)] : [make("th", { class: "n" }, "masked / labels"), make("th", { class: "n narrow" }, "share")]))));
 byId("legend").append("perplexity", ...BANDS.map((upper, at) => make("span", { class: `t h${at + 1}` },
   `\u00a0${at ? `${BANDS[at - 1]}${upper === Infinity ? " and more" : `–${upper}`}` : `up to ${upper}`}\u00a0`)),
-  make("span", { class: "t m" }, "masked"), make("span", { class: "context" }, "grey: no label, so context alone"));
+  make("span", { class: "t m" }, "masked"), make("span", { class: "context" }, "grey: context, no label"), make("span", {}, "⏎ line break, → tab, ← carriage return"));
 byId("receipt").append(...sources.map((source) => {
   const card = make("div", { class: "card" });
   if (two) card.append(make("h3", {}, source.name));
@@ -589,7 +590,7 @@ slider.addEventListener("input", () => go(Number(slider.value)));
 search.addEventListener("input", () => { listed = PAGE; list(); });
 sort.addEventListener("change", list);
 byId("more").addEventListener("click", () => { listed += PAGE; list(); });
-byId("redact").addEventListener("change", (event) => byId("heat").classList.toggle("redact", event.target.checked));
+for (const id of ["redact", "numbers"]) byId(id).addEventListener("change", (event) => byId("heat").classList.toggle(id, event.target.checked));
 const theme = byId("theme");
 function paint(dark) {
   document.documentElement.dataset.theme = dark ? "dark" : "light";
