@@ -7,10 +7,9 @@ how often one occurs, so CONTENT, a hash of all that the file holds, tells such 
 data sets share, hold no rows.
 """
 
-import io
 import json
 import os
-import tempfile
+import threading
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -81,7 +80,8 @@ class KeptDocuments:
             name: What the data are called; None for the name that they were loaded by.
         """
         documents = plan.documents
-        occurs = np.zeros(1 + int(max(documents.input_ids.max(initial=0), documents.labels.max(initial=0))), dtype=bool)
+        largest = max(int(ids.max(initial=0)) for ids in (documents.input_ids, documents.labels))
+        occurs = np.zeros(largest + 1, dtype=bool)
         occurs[documents.input_ids] = True
         occurs[documents.label_ids] = True
         token_ids = np.flatnonzero(occurs).tolist()
@@ -111,19 +111,15 @@ class KeptDocuments:
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
-        handle, draft = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
+        draft = path.with_name(f".{path.stem}-{os.getpid()}-{threading.get_ident()}")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content.getbuffer())
+            with draft.open("xb") as file:
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(draft, 0o644)
             os.replace(draft, path)
-        except OSError:
-            Path(draft).unlink(missing_ok=True)
-            raise
+        finally:
+            draft.unlink(missing_ok=True)
         return path
 
     def _arrays(self) -> dict[str, np.ndarray]:

@@ -233,7 +233,12 @@ def test_ties_and_infinite_scores_are_masked_as_the_rule_says():
 
 
 def test_a_score_at_the_threshold_of_a_fraction_is_kept(data):
-    (source,) = content_of(page_of(data, options=[STMOptions(stm_mask_fraction=0.22)]))["sources"]
+    content = content_of(page_of(data, options=[STMOptions(stm_mask_fraction=0.22)]))
+    (source,) = content["sources"]
+    texts = [stop["text"] for stop in content["stops"]]
+    assert len(texts) == len(set(texts))
+    threshold = float(texts[content["start"]])
+    assert sum(map(sum, masked_rows(data, threshold))) == math.floor(0.22 * len(data.nll))
     assert source["masked"][source["start"]] == math.floor(0.22 * len(data.nll))
 
 

@@ -250,8 +250,10 @@ def test_perplexities_as_numbers(open_page, data):
     page.locator("#numbers").check()
     _, labels, nll = rows_of(data)[7]
     scores = [score for score, label in zip(nll.tolist(), labels, strict=True) if label != IGNORE]
-    shown = page.locator("#heat .card").first.locator(".t").evaluate_all(
-        "nodes => nodes.map(node => getComputedStyle(node, '::after').content)"
+    shown = (
+        page.locator("#heat .card")
+        .first.locator(".t")
+        .evaluate_all("nodes => nodes.map(node => getComputedStyle(node, '::after').content)")
     )
     numbers = [float(text.strip('"').replace(",", "")) for text in shown]
     assert numbers == pytest.approx([math.exp(score) for score in scores], rel=1e-3)

@@ -16,7 +16,7 @@ from ..constants import DEFAULT_THRESHOLD
 from ..masks import Masks, candidate_scores, threshold_in_nats
 from ..options import STMOptions
 from ..scored import ScoredData
-from ..selection import effective_scores, perplexity
+from ..selection import effective_scores
 from ..sweep import THRESHOLDS, shortest_threshold
 from ..tokens import TOKEN_CLASSES, token_classes, visible
 
@@ -134,10 +134,8 @@ class Figures:
     @property
     def for_percent(self) -> list[tuple[int, int]]:
         """Some percentages, each with the index of the stop that masks as many of the label tokens, or just fewer."""
-        nats = [stop.nats for stop in self.stops]
-        return [
-            (percent, nats.index(math.log(value))) for percent, value in self.thresholds.items() if percent in _NAMED
-        ]
+        texts = [stop.text for stop in self.stops]
+        return [(percent, texts.index(_text(self.thresholds[percent]))) for percent in _NAMED if self.thresholds]
 
     @cached_property
     def histogram(self) -> np.ndarray:
@@ -278,16 +276,23 @@ def _stops(
     values = {float(f"{1 + base * 10.0**power:.6g}") for power in range(-4, 0) for base in _ROUND}
     values |= {float(f"{base * 10.0**power:.6g}") for power in range(9) for base in _ROUND if base * 10**power >= 2}
     values |= {*THRESHOLDS, 1e9}.union(*(some.values() for some in thresholds))
-    stops = {math.log(value): Stop(math.log(value), f"{value:.10g}") for value in values}
+    stops = {math.log(value): Stop(math.log(value), _text(value)) for value in values}
     stops[math.inf] = Stop(math.inf, "inf", "masks nothing")
     for data, some, mask in reversed([*zip(datas, options, masks, strict=True)]):
-        nats = mask.threshold_nats
-        text = f"{some.threshold:.10g}" if some.threshold is not None else f"{perplexity(nats):.10g}"
+        nats, of_stop = mask.threshold_nats, set(data.kept.stop_token_ids)
+        value = some.threshold or shortest_threshold(candidate_scores(data.documents, data.nll, some, of_stop), nats)
+        if math.log(value) not in {mask.threshold_nats for mask in masks}:
+            stops.pop(math.log(value), None)  # masks the same, and would read the same
         note = "the run's threshold" if data.receipt and nats == data.receipt["threshold_nats"] else "asked for"
         if data.receipt is None and some.threshold == DEFAULT_THRESHOLD:
             note = "the default"
-        stops[nats] = Stop(nats, text, note)
+        stops[nats] = Stop(nats, _text(value), note)
     return [stops[nats] for nats in sorted(stops)]
+
+
+def _text(perplexity: float) -> str:
+    """A perplexity with all its digits, and no more."""
+    return repr(float(perplexity)).removesuffix(".0")
 
 
 def _percent_thresholds(data: ScoredData, options: STMOptions) -> dict[int, float]:
