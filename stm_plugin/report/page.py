@@ -22,6 +22,7 @@ from ..sweep import PAPER_BAND
 from ..tokens import visible
 from .figures import BINS_PER_DECADE, Figures, Group, make_figures, pair_rows
 
+_SCRIPTS = ("data.js", "charts.js", "rows.js", "tip.js", "main.js")
 _MOST_BYTES = 20_000_000
 """Most bytes of token ids and scores that a page embeds, before base64."""
 
@@ -62,7 +63,8 @@ def write_page(figures: list[Figures], path: str | os.PathLike[str]) -> Path:
 
 def make_page(figures: list[Figures]) -> str:
     """The page of some figures, the same characters for the same figures."""
-    style, script = (_asset(name) for name in ("page.css", "page.js"))
+    style, scripts = _asset("page.css"), [_asset(name) for name in _SCRIPTS]
+    script = "\n".join(['"use strict";', "{", *scripts, "}"])
     title = " | ".join(visible(one.data.name) for one in figures)
     policy = (
         f"default-src 'none'; style-src '{_policy_hash(style)}'; script-src '{_policy_hash(script)}'; img-src data:"
@@ -205,7 +207,7 @@ def _lines(receipt: Receipt, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _asset(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files(__package__).joinpath("page_files", name).read_text(encoding="utf-8")
 
 
 def _json(content: Any) -> str:
