@@ -36,7 +36,9 @@ function ticksUpTo(most) {
 }
 
 function power(exponent) {
-  return exponent < 5 ? number(10 ** exponent) : "10" + String(exponent).replace(/\d/g, (d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]);
+  return exponent < 5
+    ? number(10 ** exponent)
+    : "10" + [...String(exponent)].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("");
 }
 
 function perplexityAxis(svg, left, right, bottom, decades, title, andMore) {
@@ -126,7 +128,7 @@ function distribution(source, place) {
     const late = at > WIDTH / 2;
     label.setAttribute("x", at + (late ? -2 : 2));
     label.setAttribute("text-anchor", late ? "end" : "start");
-    const masked = percent(source.masked[stop], total);
+    const masked = maskedShare(source);
     if (source.strategy !== "high") label.textContent = `threshold; masked ${masked}`;
     else label.textContent = `kept | masked ${masked}` + (late ? "" : " →");
   });
@@ -174,7 +176,7 @@ function shareCurve() {
     const late = at > WIDTH / 2;
     label.setAttribute("x", at + (late ? -4 : 4));
     label.setAttribute("text-anchor", late ? "end" : "start");
-    label.textContent = `${stops[stop].text}: ${sources.map((source) => percent(source.masked[stop], source.label_tokens)).join(" | ")}`;
+    label.textContent = `${stops[stop].text}: ${sources.map(maskedShare).join(" | ")}`;
   });
   return figure;
 }

@@ -75,6 +75,7 @@ const rows = data.pairs.map((places, at) => {
 });
 const partOf = (source, entry) => entry.places[sources.indexOf(source)];
 const byOrder = (a, b) => a.at - b.at;
+const maskedShare = (source) => percent(source.masked[stop], source.label_tokens);
 const labelsOf = (source, place) => source.shown.labelAt[place + 1] - source.shown.labelAt[place];
 
 let stop = data.start;

@@ -2,15 +2,22 @@
 
 const slider = byId("slider");
 
+function countsOf(source) {
+  const of = (part, whole) => `${number(part)} of ${number(whole)}`;
+  return [
+    `${of(source.masked[stop], source.label_tokens)} label tokens`,
+    `${number(source.label_tokens - source.masked[stop])} kept`,
+    `${of(source.rows_without_kept_tokens[stop], source.rows)} rows keep none`,
+    `${of(source.stop_tokens_masked[stop], source.stop_tokens)} stop tokens masked`,
+  ];
+}
+
 function update() {
   tell(-1);
   countMasked();
   const { text: shown, note } = stops[stop];
   byId("threshold").textContent = shown === "inf" ? "∞" : shown;
-  slider.setAttribute(
-    "aria-valuetext",
-    `perplexity ${shown}, ${sources.map((source) => percent(source.masked[stop], source.label_tokens)).join(" and ")} masked`,
-  );
+  slider.setAttribute("aria-valuetext", `perplexity ${shown}, ${sources.map(maskedShare).join(" and ")} masked`);
   byId("shares").replaceChildren(
     ...sources.map((source, place) =>
       make(
@@ -19,10 +26,8 @@ function update() {
         ...(two
           ? [make("span", { class: "sign" }, place ? "╌" : "─"), make("span", { class: "source" }, `${source.name}: `)]
           : []),
-        make("b", {}, `${percent(source.masked[stop], source.label_tokens)} masked`),
-        ` · ${number(source.masked[stop])} of ${number(source.label_tokens)} label tokens · ${number(source.label_tokens - source.masked[stop])} kept · ` +
-          `${number(source.rows_without_kept_tokens[stop])} of ${number(source.rows)} rows keep none · ${number(source.stop_tokens_masked[stop])} of ${number(source.stop_tokens)} stop tokens masked` +
-          (note && !two ? ` · ${note}` : ""),
+        make("b", {}, `${maskedShare(source)} masked`),
+        ["", ...countsOf(source), ...(note && !two ? [note] : [])].join(" · "),
       ),
     ),
   );

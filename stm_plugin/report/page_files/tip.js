@@ -24,7 +24,8 @@ function tell(at) {
   const box = token.node.getBoundingClientRect();
   const { width, height } = tip.getBoundingClientRect();
   tip.style.left = `${Math.max(6, Math.min(box.left, innerWidth - width - 6))}px`;
-  tip.style.top = `${box.top - height - 6 > 0 ? box.top - height - 6 : Math.min(box.bottom + 6, innerHeight - height - 6)}px`;
+  const above = box.top - height - 6;
+  tip.style.top = `${above > 0 ? above : Math.min(box.bottom + 6, innerHeight - height - 6)}px`;
 }
 
 const tokenUnder = (event) => (event.target.closest ? event.target.closest("#heat .t") : null);
