@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -74,12 +75,17 @@ def make_parser(scores_now: bool = False) -> argparse.ArgumentParser:
 
 
 def _told(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Run a command whose errors say what to change, so that they need no traceback."""
+    """Run a command whose errors say what to change, so that they need no traceback; its reader may go away."""
     try:
-        return run(args)
+        status = run(args)
+        sys.stdout.flush()
     except ValueError as error:
         print(f"stm: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush it again
+        return 1
+    return status
 
 
 if __name__ == "__main__":

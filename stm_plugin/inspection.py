@@ -73,7 +73,7 @@ def heading(data: ScoredData, masks: Masks, strategy: str, style: Style) -> list
     """What is looked at, what is masked of all rows, and how to read the rest."""
     nats = masks.threshold_nats
     lines = [
-        data.name,
+        visible(data.name),
         f"perplexity above {perplexity(nats):.6g} ({nats:.6g} nats, strategy {strategy}): {masks.num_masked:,} of "
         f"{masks.documents.num_label_tokens:,} label tokens masked ({masks.masked_fraction:.2%})",
     ]

@@ -13,6 +13,7 @@ from .masks import apply_threshold, candidate_scores, threshold_in_nats
 from .options import STMOptions
 from .scored import RULE, ScoredData, add_source, options_of, scored_of
 from .selection import check_scores, perplexity
+from .tokens import visible
 
 THRESHOLDS = (1.5, 2.0, 2.5, 3.0, 5.0, 10.0, 25.0, 100.0, 1000.0)
 FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.22, 0.24, 0.3, 0.4)
@@ -203,7 +204,7 @@ def main(args: argparse.Namespace) -> int:
     """Run `stm sweep`."""
     (data,) = scored_of(args)
     sweep = sweep_of(data, args.thresholds, args.fractions, args.share, options_of(args, data))
-    print(json.dumps(sweep.as_json(), indent=2) if args.json else "\n".join([data.name, *sweep.lines()]))
+    print(json.dumps(sweep.as_json(), indent=2) if args.json else "\n".join([visible(data.name), *sweep.lines()]))
     return 0
 
 

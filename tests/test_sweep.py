@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,8 @@ from stm_plugin.sweep import (
     shortest_threshold,
     sweep_of,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -145,6 +151,15 @@ def test_nothing_to_sweep_over():
 def test_values_out_of_range_are_refused(data, bad):
     with pytest.raises(ValueError, match="must be"):
         sweep_of(data, **bad)
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    _, entry = stored()
+    command = [sys.executable, "-m", "stm_plugin.cli", "sweep", str(entry)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 def test_the_command(capsys):

@@ -36,7 +36,7 @@ def write_plots(figures: list[Figures], folder: str | os.PathLike[str]) -> list[
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    titles = [group.title for group in figures[0].groups]
+    titles = list(dict.fromkeys(group.title for one in figures for group in one.groups))
     drawings = {"distribution": _distribution, "masked_share": _masked_share}
     files = []
     for name in (*drawings, *(f"by_{title.replace(' ', '_')}" for title in titles)):
