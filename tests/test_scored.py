@@ -249,5 +249,10 @@ def test_scores_made_now(tokenizer, make_model, chats, tmp_path, capsys, monkeyp
     assert main(["sweep", "--json", "--stm_keep_stop_tokens", str(entry)]) == 0
     assert json.loads(capsys.readouterr().out) == made
     data = read_scored(entry)
+    (tmp_path / "one.jsonl").write_text(json.dumps(chats[4]) + "\n", encoding="utf-8")
+    one = flags.replace("chats.jsonl", "one.jsonl").split()
+    assert main(["inspect", *one]) == 1  # random weights find every token unlikely
+    assert "has a perplexity above stm_threshold=2.5" in capsys.readouterr().err
+    assert main(["sweep", *one]) == 0
     assert data.kept.name == "chats"
     assert replace(data, receipt={"model": "a/b"}).name == "b on chats"
