@@ -15,8 +15,8 @@ _EPILOG = """\
 examples:
   stm demo                     see STM beside plain fine-tuning on a small real model
   stm sft --model_name_or_path MODEL --dataset_name chats.jsonl --use_peft --stm_threshold 2.5
-  stm inspect OUTPUT_FOLDER    see what a run masked, row by row; `stm sweep`, `stm report` take the same
   stm sft --config run.yaml    the same from a file; `stm sft --help` lists every option
+  stm inspect OUTPUT_FOLDER    see what a run masked, row by row; `stm sweep`, `stm report` take the same
 """
 
 

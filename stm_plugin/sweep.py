@@ -176,6 +176,8 @@ def shortest_threshold(nll: np.ndarray, threshold_nats: float) -> float:
         nll: NLL in nats of all label tokens, shape `(N,)`, float32.
         threshold_nats: The threshold.
     """
+    if math.isinf(threshold_nats):
+        return math.inf
     kept = nll[nll.astype(np.float64) <= threshold_nats]
     masked = nll[nll.astype(np.float64) > threshold_nats]
     lowest = float(kept.max()) if len(kept) else 0.0

@@ -232,6 +232,14 @@ def test_ties_and_infinite_scores_are_masked_as_the_rule_says():
     assert source["masked"][source["start"]] == sum(masked_rows(data, 2.5)[0])
 
 
+def test_a_fraction_of_infinite_scores():
+    rows = [{"input_ids": [3, 1, 1, 1], "labels": [IGNORE, 1, 1, 1]}]
+    data = scored(rows, np.array([0, np.inf, np.inf], np.float32))
+    content = content_of(page_of(data, options=[STMOptions(stm_mask_fraction=0.5)]))
+    assert content["stops"][content["start"]]["text"] == "inf"
+    assert content["sources"][0]["masked"][-2:] == [2, 0]
+
+
 def test_a_score_at_the_threshold_of_a_fraction_is_kept(data):
     content = content_of(page_of(data, options=[STMOptions(stm_mask_fraction=0.22)]))
     (source,) = content["sources"]

@@ -120,6 +120,7 @@ def test_the_shortest_threshold_masks_the_same(seed):
         assert [score > math.log(value) for score in nll.tolist()] == [score > nats for score in nll.tolist()]
     assert shortest_threshold(np.array([0.5, 1.0], np.float32), 0.5) == 1.7  # exp(0.5) is 1.6487
     assert shortest_threshold(np.array([0.5, np.inf], np.float32), 0.5) == 1.7
+    assert shortest_threshold(np.array([0.5, np.inf], np.float32), math.inf) == math.inf
 
 
 def test_the_table_says_it_all(data):

@@ -129,7 +129,7 @@ class Figures:
         """Rows with label tokens that keep none at each stop, shape `(S,)`."""
         counts = self.labels_per_row[self.labels_per_row > 0]
         lowest = np.minimum.reduceat(self.codes, np.cumsum(counts) - counts)
-        return (lowest[:, None] > np.arange(len(self.stops))).sum(axis=0)
+        return np.bincount(lowest, minlength=len(self.stops) + 1)[:0:-1].cumsum()[::-1]
 
     @property
     def for_percent(self) -> list[tuple[int, int]]:
