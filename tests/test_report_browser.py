@@ -285,6 +285,20 @@ def test_hostile_text_runs_nothing(open_page):
     assert name in page.locator("h1").inner_text()
 
 
+def test_a_hostile_receipt_runs_nothing(open_page):
+    receipt = {
+        "model": "<img src=x onerror=alert(1)>",
+        "threshold_nats": 1.0,
+        "versions": {"\u202e<b>": "</script>\x00"},
+    }
+    page = open_page(scored(receipt=receipt), options=[STMOptions()])
+    assert page.locator("h1").inner_text() == "<img src=x onerror=alert(1)> on some data"
+    text = page.locator("#receipt").inner_text()
+    assert "versions.<U+202E><b>" in text
+    assert "</script><U+0000>" in text
+    assert page.locator("img").count() == 0
+
+
 def test_rows_of_a_hundred_thousand_characters(open_page):
     words = [*WORDS, "x" * 100_000]
     ids = [3, *[1, 2] * 20_000, 16, 0]
