@@ -1,10 +1,15 @@
 """The command `stm`."""
 
 import argparse
+import functools
+import os
 import sys
+from collections.abc import Callable
 
-from . import __version__
+from . import __version__, inspection, sweep
 from .demo import run as demo
+from .report import command as report
+from .scored import names_a_model
 
 _EPILOG = """\
 examples:
@@ -13,6 +18,7 @@ examples:
   stm sft --config run.yaml    the same from a file; `stm sft --help` lists every option
   stm score --config run.yaml  score ahead, and see what thresholds would mask; `stm sft` then finds the scores
   stm score --verify FOLDER    check stored scores; --info FOLDER says what they are
+  stm inspect OUTPUT_FOLDER    see what a run masked, row by row; `stm sweep`, `stm report` take the same
 """
 
 
@@ -35,14 +41,22 @@ def main(argv: list[str] | None = None) -> int:
         from .score_command import main as score
 
         return score(arguments[1:])
-    parser = make_parser()
-    args = parser.parse_args(arguments)
+    scores_now = arguments[:1] != ["demo"] and names_a_model(arguments)
+    parser = make_parser(scores_now)
+    args, rest = parser.parse_known_args(arguments)
+    if rest and not scores_now:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     status: int = args.run(args)
     return status
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands but `sft` and `score`, which is TRL's; nothing heavy is loaded for it."""
+def make_parser(scores_now: bool = False) -> argparse.ArgumentParser:
+    """The parser of all subcommands but `sft` and `score`, which are TRL's; nothing heavy is loaded for it.
+
+    Args:
+        scores_now: Whether `inspect`, `sweep` and `report` take a model and data in the place of stored scores.
+    """
     parser = argparse.ArgumentParser(
         prog="stm",
         description="Selective Token Masking (arXiv 2501.14315): leave out of fine-tuning what makes a model forget.",
@@ -56,7 +70,29 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo", help="plain fine-tuning and STM side by side, measured, in minutes")
     demo.add_arguments(command)
     command.set_defaults(run=demo.main)
+    for name, module, text in (
+        ("inspect", inspection, "show rows in the terminal, with what is masked in them"),
+        ("sweep", sweep, "show what a range of thresholds masks"),
+        ("report", report, "write a page of HTML that shows what is masked and moves the threshold"),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        module.add_arguments(command, scores_now)
+        command.set_defaults(run=functools.partial(_told, module.main))
     return parser
+
+
+def _told(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a command whose errors say what to change, so that they need no traceback; its reader may go away."""
+    try:
+        status = run(args)
+        sys.stdout.flush()
+    except ValueError as error:
+        print(f"stm: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush it again
+        return 1
+    return status
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ SCORES_FORMAT_VERSION = 2
 RECEIPT_NAME = "stm.json"
 """File that a masked run leaves in every folder it saves."""
 
+REPORT_NAME = "stm_report.html"
+"""File that `stm_report` leaves in the output folder."""
+
 MASKED_COLUMN = "stm_masked_tokens"
 """Column of a masked data set: label tokens of the row that STM masked."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from .constants import IGNORE_INDEX
 from .documents import Documents
 from .options import STMOptions
-from .selection import check_scores, fraction_threshold_nats, select_masked
+from .selection import check_scores, fraction_threshold_nats, perplexity, select_masked
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def make_masks(documents: Documents, nll: np.ndarray, options: STMOptions, stop_
     threshold_nats = threshold_in_nats(candidate_scores(documents, nll, options, stop_token_ids), options)
     masks = apply_threshold(documents, nll, threshold_nats, options, stop_token_ids)
     if masks.num_masked == len(nll):
-        smallest = _perplexity(nll.min())
+        smallest = perplexity(nll.min())
         raise ValueError(
             f"Every one of the {len(nll)} label tokens has a perplexity above stm_threshold={options.threshold}, so "
             f"nothing is left to train on. The smallest perplexity is {smallest:.6g}; {_threshold_for_share(nll):.6g} "
@@ -181,9 +181,4 @@ def _is_stop(documents: Documents, stop_token_ids: set[int]) -> np.ndarray:
 
 def _threshold_for_share(nll: np.ndarray, share: float = 0.22) -> float:
     """Perplexity that masks a share of the tokens: what to suggest to a user."""
-    return _perplexity(fraction_threshold_nats(nll, share))
-
-
-def _perplexity(nats: float) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.exp(np.float64(nats)))
+    return perplexity(fraction_threshold_nats(nll, share))

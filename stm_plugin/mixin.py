@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -32,7 +33,8 @@ from transformers.trainer_callback import ExportableState
 
 from ._compat import counts_predicted_labels
 from .collators import MaskCounter, check_collator
-from .constants import IGNORE_INDEX, MASKED_COLUMN
+from .constants import IGNORE_INDEX, MASKED_COLUMN, REPORT_NAME
+from .document_store import KeptDocuments
 from .documents import Documents, with_columns
 from .engine import find_or_make_scores
 from .fingerprint import model_fingerprint, quantization, weights_dtype
@@ -53,6 +55,8 @@ from .receipt import (
     write_receipt,
 )
 from .reference import check_same_tokens, loaded_reference
+from .report.page import write_report
+from .scored import ScoredData
 from .scoring import Autocast, check_scorable, score
 from .sharding import is_sharded
 from .store import ScoresError, ScoresKey, ScoreStore
@@ -127,6 +131,9 @@ class STMTrainerMixin(_Host):
 
     _stm_logger = logger
     """Where log lines go; hosts may show the INFO lines of none but their own."""
+
+    _stm_data_name: str | None = None
+    """What reports call the training set; None for the name that it was loaded by."""
 
     _stm_trains_first_label = False
     """Whether the host trains a label at a document's position 0, which has no score."""
@@ -290,6 +297,8 @@ class STMTrainerMixin(_Host):
         self._stm_announce(run.receipt, origin)
         if self.args.should_save and not self._stm_only_scores:
             write_receipt(run.receipt, self.args.output_dir)
+        if self.args.should_save and options.stm_report:
+            self._stm_write_report(run)
 
     def _stm_start_live(self, checkpoint: str | None) -> None:
         """Begin a run that is masked under its live weights, or go on with one."""
@@ -394,8 +403,42 @@ class STMTrainerMixin(_Host):
             dtype=run.key.dtype.split(","),
             autocast=run.key.autocast,
             normalization="global" if self._stm_counts_tokens() else "host",
+            model=self._stm_model_name(run.options),
+            documents_file=self._stm_ranks.from_main(lambda: self._stm_keep_documents(run)),
         )
         return MaskedRun(run.options, run.source, masked, run.plan, run.scores, run.key, receipt)
+
+    def stm_scored_data(self, run: MaskedRun) -> ScoredData:
+        """A masked training set as `stm inspect`, `stm sweep` and `stm report` take it; on the main process."""
+        return ScoredData(self._stm_kept_documents(run), run.plan.spread(run.scores), run.key, run.receipt)
+
+    def _stm_kept_documents(self, run: MaskedRun) -> KeptDocuments:
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        return KeptDocuments.of_dataset(
+            run.source, run.plan, tokenizer, self._stm_stop_token_ids(), self._stm_data_name
+        )
+
+    def _stm_keep_documents(self, run: MaskedRun) -> str | None:
+        """Keep the rows for `stm report` and the like; name of the file, or None where it could not be written."""
+        try:
+            return self._stm_kept_documents(run).write(run.plan).name
+        except Exception as error:  # a run does not end for what only shows it
+            self._stm_warn("The rows could not be kept for stm inspect, sweep and report: %r", error)
+            return None
+
+    def _stm_write_report(self, run: MaskedRun) -> None:
+        try:
+            path = write_report([self.stm_scored_data(run)], Path(self.args.output_dir) / REPORT_NAME)
+        except Exception as error:  # a run does not end for what only shows it
+            self._stm_warn("The report could not be written: %r", error)
+        else:
+            self._stm_info("Report: %s", path)
+
+    def _stm_model_name(self, options: STMOptions) -> str:
+        """What the model that scores is called."""
+        if options.stm_reference != REFERENCE_INITIAL:
+            return options.stm_reference
+        return str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
 
     def _stm_announce(self, receipt: Receipt, origin: str) -> None:
         """Say in one log line what is masked; warn about what may hurt."""

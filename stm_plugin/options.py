@@ -78,6 +78,13 @@ class STMOptions:
             "aliases": ["--tokens_per_batch", "--tokens-per-batch"],  # of the command line
         },
     )
+    stm_report: bool = field(
+        default=False,
+        metadata={
+            "help": "Write `stm_report.html` into the output folder once the training set is scored: what is masked, "
+            "row by row, and what other thresholds would mask."
+        },
+    )
 
     @property
     def threshold(self) -> float | None:
@@ -135,6 +142,13 @@ class STMOptions:
                 )
         if not isinstance(self.stm_keep_stop_tokens, bool):
             raise ValueError(f"stm_keep_stop_tokens must be true or false, got {self.stm_keep_stop_tokens!r}.")
+        if not isinstance(self.stm_report, bool):
+            raise ValueError(f"stm_report must be true or false, got {self.stm_report!r}.")
+        if self.stm_report and self.stm_reference == REFERENCE_CURRENT:
+            raise ValueError(
+                "stm_report has no effect while stm_reference is 'current', which scores anew at every step and keeps "
+                "nothing to report. Remove it, or set stm_reference to 'initial'."
+            )
         if self.stm_scores_dir is not None and (
             (not isinstance(self.stm_scores_dir, str) and not hasattr(self.stm_scores_dir, "__fspath__"))
             or self.stm_scores_dir == ""

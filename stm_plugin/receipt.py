@@ -13,6 +13,7 @@ from . import __version__
 from .constants import RECEIPT_NAME
 from .masks import LiveTotals, Masks
 from .options import STMOptions
+from .selection import perplexity
 from .store import ScoresKey
 
 Receipt = dict[str, Any]
@@ -96,7 +97,7 @@ def _options_of(options: STMOptions, threshold_nats: float | None) -> Receipt:
     if threshold is not None:
         threshold_nats = math.log(threshold)
     elif threshold_nats is not None:
-        threshold = math.exp(min(threshold_nats, 700))
+        threshold = perplexity(threshold_nats)
     return {
         "threshold": _finite_or_inf(threshold),
         "threshold_nats": _finite_or_inf(threshold_nats),

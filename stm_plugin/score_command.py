@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .constants import REPORT_NAME
+from .report.page import write_report
 from .store import EntryReport, ScoresError, entries
-from .sweep import THRESHOLDS, Sweep
+from .sweep import THRESHOLDS, sweep_of
 
 _JSON_HELP = "Write the result to this file too, as JSON."
 
@@ -53,35 +55,49 @@ def main(argv: list[str] | None = None) -> int:
 def score(
     script_args: Any, training_args: Any, model_args: Any, mixture_args: Any, score_args: ScoreArguments
 ) -> None:
-    """Score as `stm sft` with the same arguments would before its first step; print what thresholds would mask.
+    """Make scores and print what thresholds would mask.
 
-    Nothing is written but the scores, and the JSON file that `score_args` may ask for: the receipt that training would
-    write, and the table.
+    Nothing is written but the scores, the rows they belong to, the report if `stm_report` asks for it, and the JSON
+    file that `score_args` may ask for: the receipt that training would write, and the tables.
     """
-    from .sft import make_trainer
-
     if score_args.device_map is not None:
         training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | {
             "device_map": score_args.device_map
         }
+    report = Path(training_args.output_dir) / REPORT_NAME if training_args.stm_report else None
+    trainer, run = make_scores(script_args, training_args, model_args, mixture_args)
+    if trainer.is_world_process_zero():
+        asked = [] if training_args.threshold is None else [training_args.threshold]
+        sweep = sweep_of(trainer.stm_scored_data(run), thresholds=sorted({*THRESHOLDS, *asked}))
+        print(*sweep.lines(), f"Scores: {run.receipt['scores_entry']}", sep="\n")
+        if report is not None:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            print(f"Report: {write_report([trainer.stm_scored_data(run)], report)}")
+        _write_json({"receipt": run.receipt, "sweep": sweep.as_json()}, score_args.json)
+    trainer.accelerator.end_training()
+
+
+def make_scores(script_args: Any, training_args: Any, model_args: Any, mixture_args: Any) -> tuple[Any, Any]:
+    """Score as `stm sft` with the same arguments would before its first step.
+
+    Returns:
+        The trainer, and its `MaskedRun`.
+    """
+    from .sft import make_trainer
+
     with tempfile.TemporaryDirectory(prefix="stm-score-") as output_dir:  # a trainer makes its folder at once
         _only_score(training_args, output_dir)
         _attach_what_training_a_quantized_model_needs(model_args, training_args.trust_remote_code)
         trainer = make_trainer(script_args, training_args, model_args, mixture_args)
         trainer.model.requires_grad_(False)  # so that DDP, if there is one, makes no buffers for gradients
-        run = trainer.stm_score()
-    if trainer.is_world_process_zero():
-        asked = [] if training_args.threshold is None else [training_args.threshold]
-        sweep = Sweep.of(run.plan.spread(run.scores), sorted({*THRESHOLDS, *asked}))
-        print(*sweep.lines(), f"Scores: {run.receipt['scores_entry']}", sep="\n")
-        _write_json({"receipt": run.receipt, "sweep": asdict(sweep)}, score_args.json)
-    trainer.accelerator.end_training()
+        return trainer, trainer.stm_score()
 
 
 def _only_score(training_args: Any, output_dir: str) -> None:
     """Take from training arguments what scoring has no use for: trackers, the hub, evaluation, optimizer state."""
     training_args.output_dir = output_dir
     training_args.report_to = []
+    training_args.stm_report = False  # it would go with the folder
     training_args.push_to_hub = False
     training_args.eval_strategy = type(training_args.eval_strategy)("no")
     training_args.load_best_model_at_end = False

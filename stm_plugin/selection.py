@@ -104,10 +104,8 @@ def select_masked(
         return masked
     document = np.repeat(np.arange(len(tokens_per_document)), tokens_per_document)
     num_masked = np.bincount(document, weights=masked, minlength=len(tokens_per_document)).astype(np.int64)
-    if strategy == "low":
-        return _lowest(nll, document, num_masked, candidates)
-    assert label_ids is not None
-    return _drawn(label_ids, tokens_per_document, num_masked, seed, candidates)
+    turns = _turns(nll, tokens_per_document, document, strategy, seed, label_ids, candidates, num_masked)
+    return turns < num_masked[document]
 
 
 def fraction_threshold_nats(nll: np.ndarray, fraction: float) -> float:
@@ -142,6 +140,11 @@ def largest_score_within(threshold_nats: float) -> np.float32:
     return nearest if float(nearest) <= threshold_nats else np.nextafter(nearest, np.float32(-np.inf))
 
 
+def perplexity(nats: float) -> float:
+    """`exp(nats)`, at most about 1e304."""
+    return math.exp(min(float(nats), 700.0))
+
+
 def check_scores(nll: np.ndarray) -> None:
     """Raise ValueError if a score is NaN."""
     nans = np.flatnonzero(np.isnan(nll))
@@ -153,33 +156,71 @@ def check_scores(nll: np.ndarray) -> None:
         )
 
 
-def _lowest(
-    nll: np.ndarray, document: np.ndarray, num_masked: np.ndarray, candidates: np.ndarray | None
-) -> np.ndarray:
-    pool = np.arange(len(nll)) if candidates is None else np.flatnonzero(candidates)
-    order = pool[np.lexsort((nll[pool], document[pool]))]  # stable: equal scores stay in the order of their positions
-    first = np.searchsorted(document[order], np.arange(len(num_masked)))
-    rank = np.arange(len(order)) - first[document[order]]
-    masked = np.zeros(len(nll), dtype=bool)
-    masked[order[rank < num_masked[document[order]]]] = True
-    return masked
-
-
-def _drawn(
-    label_ids: np.ndarray,
+def effective_scores(
+    nll: np.ndarray,
     tokens_per_document: np.ndarray,
-    num_masked: np.ndarray,
-    seed: int,
-    candidates: np.ndarray | None,
+    *,
+    strategy: str = "high",
+    seed: int = 0,
+    label_ids: np.ndarray | None = None,
+    candidates: np.ndarray | None = None,
 ) -> np.ndarray:
-    masked = np.zeros(len(label_ids), dtype=bool)
+    """The score by which each label token is masked under any strategy: at a threshold T iff it exceeds T.
+
+    A document masks as many tokens as it has candidates above T. So the token whose turn comes k-th (from 0) is masked
+    iff the document's k-th highest candidate exceeds T. Under `high` that is the token's own score.
+
+    Args:
+        nll: As for `select_masked`, like the others.
+        tokens_per_document: Label tokens of each document, shape `(D,)`.
+        strategy: `"high"`, `"low"` or `"random"`.
+        seed: Seed of `"random"`.
+        label_ids: Token ids of the label tokens, shape `(N,)`; needed by `"random"`.
+        candidates: Whether a token may be masked at all, shape `(N,)`.
+
+    Returns:
+        Shape `(N,)`, float32; `-inf` for a token that is no candidate.
+    """
+    check_scores(nll)
+    scores = nll if candidates is None else np.where(candidates, nll, np.float32(-np.inf))
+    if strategy == "high":
+        return scores
+    document = np.repeat(np.arange(len(tokens_per_document)), tokens_per_document)
+    turns = _turns(nll, tokens_per_document, document, strategy, seed, label_ids, candidates)
+    highest_first = scores[np.lexsort((-scores, document))]
+    starts = np.cumsum(tokens_per_document) - tokens_per_document
+    place = starts[document] + np.minimum(turns, tokens_per_document[document] - 1)
+    return np.where(np.isneginf(scores), scores, highest_first[place])
+
+
+def _turns(
+    nll: np.ndarray,
+    tokens_per_document: np.ndarray,
+    document: np.ndarray,
+    strategy: str,
+    seed: int,
+    label_ids: np.ndarray | None,
+    candidates: np.ndarray | None,
+    num_masked: np.ndarray | None = None,
+) -> np.ndarray:
+    """In which turn of its document each token would be masked by a control, from 0; never for no candidate.
+
+    With `num_masked`, shape `(D,)`, only documents that mask something are drawn.
+    """
+    turns = np.full(len(nll), np.iinfo(np.int64).max)
+    if strategy == "low":
+        pool = np.arange(len(nll)) if candidates is None else np.flatnonzero(candidates)
+        order = pool[np.lexsort((nll[pool], document[pool]))]  # stable: equal scores stay in the order of positions
+        first = np.searchsorted(document[order], np.arange(len(tokens_per_document)))
+        turns[order] = np.arange(len(order)) - first[document[order]]
+        return turns
+    assert label_ids is not None
     ends = np.cumsum(tokens_per_document)
-    for index in np.flatnonzero(num_masked):
+    for index in np.flatnonzero(tokens_per_document if num_masked is None else num_masked):
         start, end = ends[index] - tokens_per_document[index], ends[index]
         pool = np.arange(start, end) if candidates is None else start + np.flatnonzero(candidates[start:end])
-        generator = _document_generator(seed, label_ids[start:end])
-        masked[pool[generator.permutation(len(pool))[: num_masked[index]]]] = True
-    return masked
+        turns[pool[_document_generator(seed, label_ids[start:end]).permutation(len(pool))]] = np.arange(len(pool))
+    return turns
 
 
 def _document_generator(seed: int, label_ids: np.ndarray) -> np.random.Generator:

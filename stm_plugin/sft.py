@@ -18,7 +18,12 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Arguments; None for the process's own.
     """
-    train(*make_parser("stm sft").parse_args_and_config(args=list(sys.argv[1:] if argv is None else argv)))
+    train(*parse(list(sys.argv[1:] if argv is None else argv)))
+
+
+def parse(arguments: list[str]) -> tuple[Any, Any, Any, Any]:
+    """TRL's argument objects (script, training, model, mixture) that a command line, or its YAML, spells out."""
+    return make_parser("stm sft").parse_args_and_config(args=arguments)
 
 
 def make_parser(prog: str, *more_arguments: type) -> Any:
@@ -67,13 +72,16 @@ def make_trainer(script_args: Any, training_args: Any, model_args: Any, mixture_
     model = load_with_adapter(model_args.model_name_or_path, training_args, quantization)
     if model is None:
         model = {"model": model_args.model_name_or_path, "quantization_config": quantization}
-    return STMSFTTrainer(
+    trainer = STMSFTTrainer(
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
         **model,
     )
+    if script_args.dataset_name and not mixture_args.datasets:
+        trainer._stm_data_name = Path(script_args.dataset_name).stem
+    return trainer
 
 
 def load_with_adapter(name: str, training_args: Any, quantization_config: Any) -> dict[str, Any] | None:

@@ -150,10 +150,7 @@ class ScoreStore:
             return None
         found = _read_entry(path, key, num_scores)
         if found.faults:
-            raise ScoresError(
-                f"The scores in {path} cannot be used: {found.faults[0]}. Delete that folder to have them made again, "
-                "or set stm_scores_dir to another one."
-            )
+            raise _unusable(path, found.faults[0])
         return found.scores
 
     @contextmanager
@@ -371,6 +368,25 @@ def _read_shard(file: Path, key: ScoresKey) -> tuple[Interval, np.ndarray, str]:
     if scores.dtype != np.float32 or scores.ndim != 1:
         raise _FaultError(f"holds {scores.dtype} of shape {scores.shape}")
     return Interval(start, start + len(scores)), scores, checksum.hex()
+
+
+def read_key(entry: Path) -> ScoresKey:
+    """The key of an entry.
+
+    Raises:
+        ScoresError: If its manifest is damaged or of another format.
+    """
+    try:
+        return ScoresKey(**_read_manifest(entry)["key"])
+    except _FaultError as fault:
+        raise _unusable(entry, str(fault)) from fault
+
+
+def _unusable(path: Path, fault: str) -> ScoresError:
+    return ScoresError(
+        f"The scores in {path} cannot be used: {fault}. Delete that folder to have them made again, or set "
+        "stm_scores_dir to another one."
+    )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -1,70 +1,231 @@
-"""What thresholds would mask, from stored scores alone."""
+"""`stm sweep`: what a range of thresholds and fractions would mask, from stored scores alone."""
 
+import argparse
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from .selection import fraction_threshold_nats, largest_score_within
+from .documents import Documents
+from .masks import apply_threshold, candidate_scores, threshold_in_nats
+from .options import STMOptions
+from .scored import RULE, ScoredData, add_source, options_of, scored_of
+from .selection import check_scores, perplexity
+from .tokens import visible
 
 THRESHOLDS = (1.5, 2.0, 2.5, 3.0, 5.0, 10.0, 25.0, 100.0, 1000.0)
+FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.22, 0.24, 0.3, 0.4)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 PAPER_FRACTION = 0.22
-"""Middle of the share that the paper finds best, 20 to 24 % (arXiv 2501.14315)."""
+"""Middle of the share that the paper finds best (arXiv 2501.14315)."""
+PAPER_BAND = (0.20, 0.24)
+"""That share, from and to."""
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """What one threshold, or one fraction, masks.
+
+    Attributes:
+        threshold: A perplexity.
+        mask_fraction: The fraction that the threshold was taken from; None where it was given itself.
+        threshold_nats: The threshold that is compared, in nats.
+        masked_tokens: Masked label tokens.
+        masked_fraction: Their share of all label tokens.
+        kept_tokens: Label tokens that stay in the loss.
+        rows_without_kept_tokens: Rows that have label tokens and keep none.
+        stop_tokens_masked: Masked stop tokens.
+        in_paper_band: Whether the share is one that the paper finds best.
+    """
+
+    threshold: float
+    mask_fraction: float | None
+    threshold_nats: float
+    masked_tokens: int
+    masked_fraction: float
+    kept_tokens: int
+    rows_without_kept_tokens: int
+    stop_tokens_masked: int
+    in_paper_band: bool
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a range of thresholds masks of N label tokens.
+    """What a range of thresholds and fractions masks of N label tokens.
 
     Attributes:
         label_tokens: N.
+        rows: Rows of the data set.
+        stop_tokens: Stop tokens among the label tokens.
         quantiles: Perplexity at each of some quantiles.
-        masked: Share of the label tokens that each threshold (a perplexity) masks.
-        threshold_for_paper: Perplexity that masks `PAPER_FRACTION` of them, or as much below it as ties allow.
+        thresholds: What each threshold masks.
+        fractions: What each fraction masks.
+        share: The share that was asked for.
+        for_share: What the threshold for that share masks; as much below it as ties allow.
     """
 
     label_tokens: int
+    rows: int
+    stop_tokens: int
     quantiles: dict[float, float]
-    masked: dict[float, float]
-    threshold_for_paper: float
+    thresholds: tuple[SweepRow, ...]
+    fractions: tuple[SweepRow, ...]
+    share: float
+    for_share: SweepRow
 
     @classmethod
-    def of(cls, nll: np.ndarray, thresholds: Sequence[float] = THRESHOLDS) -> "Sweep":
+    def of(
+        cls,
+        documents: Documents,
+        nll: np.ndarray,
+        stop_token_ids: Iterable[int] = (),
+        *,
+        thresholds: Sequence[float] = THRESHOLDS,
+        fractions: Sequence[float] = FRACTIONS,
+        share: float = PAPER_FRACTION,
+        options: STMOptions | None = None,
+    ) -> "Sweep":
         """Sweep scores.
 
         Args:
-            nll: NLL in nats of all N label tokens, shape `(N,)`, float32.
+            documents: A data set's documents.
+            nll: NLL in nats of all N label tokens, in the data set's order, shape `(N,)`, float32.
+            stop_token_ids: Ids that end a turn or a text.
             thresholds: Perplexities.
+            fractions: Shares between 0 and 1, exclusive.
+            share: The share to name a threshold for.
+            options: Strategy, seed and whether stop tokens are kept; None for the defaults.
+
+        Raises:
+            ValueError: For no label token, a NaN score, or a threshold or share out of range.
         """
-        threshold_for_paper = _perplexity(fraction_threshold_nats(nll, PAPER_FRACTION))  # checks the scores
-        ordered = np.sort(nll)
+        check_scores(nll)
+        if len(nll) == 0:
+            raise ValueError("There is no label token to sweep over.")
+        options, stop = options or STMOptions(), set(stop_token_ids)
+        num_stop_tokens = 0
 
-        def share(tau: float) -> float:
-            within = np.searchsorted(ordered, largest_score_within(math.log(tau)), side="right")
-            return float((len(ordered) - within) / len(ordered))
+        def row(threshold: float | None, fraction: float | None) -> SweepRow:
+            nonlocal num_stop_tokens
+            here = replace(options, stm_threshold=threshold, stm_mask_fraction=fraction)
+            here.check()
+            nats = threshold_in_nats(candidate_scores(documents, nll, here, stop), here)
+            masks = apply_threshold(documents, nll, nats, here, stop)
+            num_stop_tokens = masks.num_stop_tokens
+            return SweepRow(
+                shortest_threshold(nll, nats) if threshold is None else threshold,
+                fraction,
+                nats,
+                masks.num_masked,
+                masks.masked_fraction,
+                len(nll) - masks.num_masked,
+                masks.rows_without_kept_tokens,
+                masks.num_masked_stop_tokens,
+                PAPER_BAND[0] <= masks.masked_fraction <= PAPER_BAND[1],
+            )
 
-        return cls(
-            len(nll),
-            {q: _perplexity(ordered[math.floor(q * (len(ordered) - 1))]) for q in QUANTILES},
-            {tau: share(tau) for tau in thresholds},
-            threshold_for_paper,
-        )
+        rows = tuple(row(threshold, None) for threshold in thresholds)
+        shares = tuple(row(None, fraction) for fraction in fractions)
+        wished = row(None, share)
+        quantiles = {q: perplexity(np.quantile(nll.astype(np.float64), q, method="lower")) for q in QUANTILES}
+        num_rows = len(documents.row_offsets) - 1
+        return cls(len(nll), num_rows, num_stop_tokens, quantiles, rows, shares, share, wished)
 
     def lines(self) -> list[str]:
-        """A table for the terminal."""
-        quantiles = ", ".join(f"{q:.0%} {perplexity:.3g}" for q, perplexity in self.quantiles.items())
+        """Tables for the terminal; a star marks what lies within the paper's band."""
+        quantiles = ", ".join(f"{q:.0%} {value:.3g}" for q, value in self.quantiles.items())
+        head = "      masked         kept   rows without   stop tokens"
+        units = "                    tokens    kept tokens        masked"
         return [
-            f"{self.label_tokens:,} label tokens; quantiles of their perplexity: {quantiles}",
+            f"{self.label_tokens:,} label tokens in {self.rows:,} rows; quantiles of their perplexity: {quantiles}",
             "",
-            "  threshold   masked",
-            *(f"  {tau:>9g}  {share:>6.1%}" for tau, share in self.masked.items()),
+            f"  stm_threshold     {head}",
+            f"  (perplexity)      {units}",
+            *(f"  {row.threshold:>13g}     {self._columns(row)}" for row in self.thresholds),
             "",
-            f"stm_threshold: {self.threshold_for_paper:.4g} masks {PAPER_FRACTION:.0%} (the paper finds 20 to 24 % "
-            f"best); so does stm_mask_fraction: {PAPER_FRACTION}.",
+            f"  stm_mask_fraction {head}",
+            f"                    {units}",
+            *(f"  {row.mask_fraction:>13g}     {self._columns(row)}" for row in self.fractions),
+            "",
+            f"  * within {PAPER_BAND[0]:.0%} to {PAPER_BAND[1]:.0%}, where the paper finds masking best",
+            "",
+            f"stm_threshold: {self.for_share.threshold!r} masks {self.for_share.masked_fraction:.2%}; so does "
+            f"stm_mask_fraction: {self.share!r}, whatever the scores of other data.",
         ]
 
+    def _columns(self, row: SweepRow) -> str:
+        share = f"{row.masked_fraction:>10.2%} {'*' if row.in_paper_band else ' '}"
+        stop = f"{row.stop_tokens_masked:,} of {self.stop_tokens:,}"
+        return f"{share} {row.kept_tokens:>12,} {row.rows_without_kept_tokens:>14,} {stop:>13}"
 
-def _perplexity(nats: float) -> float:
-    return math.exp(min(float(nats), 700.0))
+    def as_json(self) -> dict[str, object]:
+        """What JSON can hold; an infinite threshold is the string `inf`."""
+        facts = asdict(self)
+        for row in (*facts["thresholds"], *facts["fractions"], facts["for_share"]):
+            row.update({name: "inf" for name, value in row.items() if value == math.inf})
+        facts["quantiles"] = {str(quantile): value for quantile, value in self.quantiles.items()}
+        return facts
+
+
+def shortest_threshold(nll: np.ndarray, threshold_nats: float) -> float:
+    """The perplexity with the fewest digits that masks the same label tokens as a threshold in nats.
+
+    Args:
+        nll: NLL in nats of all label tokens, shape `(N,)`, float32.
+        threshold_nats: The threshold.
+    """
+    if math.isinf(threshold_nats):
+        return math.inf
+    kept = nll[nll.astype(np.float64) <= threshold_nats]
+    masked = nll[nll.astype(np.float64) > threshold_nats]
+    lowest = float(kept.max()) if len(kept) else 0.0
+    highest = float(masked.min()) if len(masked) else math.inf
+    exact = perplexity(threshold_nats)
+    for digits in range(2, 18):
+        step = 10.0 ** (math.floor(math.log10(exact)) + 1 - digits)
+        for value in (float(f"{exact:.{digits}g}"), float(f"{exact + step:.{digits}g}")):
+            if value > 1 and lowest <= math.log(value) < highest:
+                return value
+    return exact
+
+
+def add_arguments(parser: argparse.ArgumentParser, scores_now: bool = False) -> None:
+    """Add the options of `stm sweep`."""
+    add_source(parser, None if scores_now else 1, RULE[2:])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS, metavar="PERPLEXITY")
+    parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS, metavar="SHARE")
+    parser.add_argument(
+        "--share", type=float, default=PAPER_FRACTION, help="name the threshold that masks this share (0.22)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `stm sweep`."""
+    if not any(flag.partition("=")[0] in ("--stm_threshold", "--stm_mask_fraction") for flag in args.rest):
+        args.stm_threshold = math.inf  # scores made now are not refused for what the default would mask
+    (data,) = scored_of(args)
+    sweep = sweep_of(data, args.thresholds, args.fractions, args.share, options_of(args, data))
+    print(json.dumps(sweep.as_json(), indent=2) if args.json else "\n".join([visible(data.name), *sweep.lines()]))
+    return 0
+
+
+def sweep_of(
+    data: ScoredData,
+    thresholds: Sequence[float] = THRESHOLDS,
+    fractions: Sequence[float] = FRACTIONS,
+    share: float = PAPER_FRACTION,
+    options: STMOptions | None = None,
+) -> Sweep:
+    """Sweep scored data (see `Sweep.of`)."""
+    return Sweep.of(
+        data.documents,
+        data.nll,
+        data.kept.stop_token_ids,
+        thresholds=thresholds,
+        fractions=fractions,
+        share=share,
+        options=options,
+    )

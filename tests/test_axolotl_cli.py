@@ -117,8 +117,8 @@ def test_preprocess_then_score_then_train(run, tmp_path):
     assert ON not in done.stdout
     assert not (tmp_path / "stm-home").exists()
     done = run("plugins: stm", command="stm-score", arguments=(), **LORA)
-    assert "label tokens; quantiles" in done.stdout
-    assert "masks 22%" in done.stdout
+    assert "label tokens in 12 rows; quantiles" in done.stdout
+    assert "so does stm_mask_fraction: 0.22" in done.stdout
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
     done = run("plugins: stm", **LORA)
     assert "Scores: found" in done.stdout

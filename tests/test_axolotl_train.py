@@ -463,8 +463,8 @@ def test_scoring_ahead_leaves_the_scores_where_training_finds_them(make_config, 
     config = make_config(**STM, **LORA)
     done = CliRunner().invoke(stm_score, [str(write_config(config, tmp_path))], catch_exceptions=False)
     assert done.exit_code == 0
-    assert "label tokens; quantiles of their perplexity" in done.output
-    assert "masks 22%" in done.output
+    assert "label tokens in 12 rows; quantiles of their perplexity" in done.output
+    assert "so does stm_mask_fraction: 0.22" in done.output
     monkeypatch.setattr(stm_plugin.mixin, "score", lambda *args, **kwargs: pytest.fail("scored again"))
     trainer = train(config)
     assert trainer.state.global_step > 0

@@ -25,7 +25,23 @@ HEAVY = {
     "pyarrow",
     "pandas",
 }
-LIGHT_MODULES = ["", ".constants", ".options", ".selection", ".documents", ".plan", ".store", ".masks", ".receipt"]
+LIGHT_MODULES = [
+    "",
+    ".constants",
+    ".options",
+    ".selection",
+    ".documents",
+    ".plan",
+    ".store",
+    ".masks",
+    ".receipt",
+    ".document_store",
+    ".scored",
+    ".sweep",
+    ".inspection",
+    ".report.command",
+    ".cli",
+]
 
 
 def imported_by(statement: str) -> set[str]:

@@ -38,6 +38,7 @@ def test_names_and_defaults_are_frozen():
         "stm_keep_stop_tokens",
         "stm_scores_dir",
         "stm_tokens_per_batch",
+        "stm_report",
     ]
     assert vars(STMOptions()) == {
         "stm_threshold": None,
@@ -49,6 +50,7 @@ def test_names_and_defaults_are_frozen():
         "stm_keep_stop_tokens": False,
         "stm_scores_dir": None,
         "stm_tokens_per_batch": 4096,
+        "stm_report": False,
     }
     STMOptions().check()
 

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stm_plugin.selection import check_scores, fraction_threshold_nats, label_positions, mask_labels, select_masked
+from stm_plugin.selection import (
+    check_scores,
+    effective_scores,
+    fraction_threshold_nats,
+    label_positions,
+    mask_labels,
+    select_masked,
+)
 
 LOG_2_5 = math.log(2.5)
 
@@ -117,6 +124,26 @@ def test_select_masked_is_the_rule(strategy, case, seed):
     masked = selected(documents, threshold_nats, strategy, seed)
     assert masked.dtype == bool
     assert masked.tolist() == naive(documents, threshold_nats, strategy, seed)
+
+
+@pytest.mark.parametrize("strategy", ["high", "low", "random"])
+@pytest.mark.parametrize("with_candidates", [True, False])
+@examples
+@given(case=data_set_and_threshold(), seed=seeds)
+def test_effective_scores_say_which_thresholds_mask_a_token(strategy, with_candidates, case, seed):
+    documents, threshold_nats = case
+    if not with_candidates:
+        documents = [(nll, ids, (True,) * len(nll)) for nll, ids, _ in documents]
+    flat = [[value for one in documents for value in one[field]] for field in range(3)]
+    effective = effective_scores(
+        np.array(flat[0], dtype=np.float32),
+        np.array([len(nll) for nll, _, _ in documents], dtype=np.int64),
+        strategy=strategy,
+        seed=seed,
+        label_ids=np.array(flat[1], dtype=np.int32),
+        candidates=np.array(flat[2], dtype=bool) if with_candidates else None,
+    )
+    assert [float(score) > threshold_nats for score in effective] == naive(documents, threshold_nats, strategy, seed)
 
 
 @pytest.mark.parametrize("strategy", ["high", "low", "random"])

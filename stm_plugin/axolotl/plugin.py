@@ -1,5 +1,6 @@
 """`STMPlugin`: where Axolotl meets `STMTrainerMixin`."""
 
+from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -33,6 +34,7 @@ class STMPlugin(BasePlugin):
         if is_active(cfg):
             check_conflicts(cfg)  # again: other plugins and the schema have had their say
             put_stm_into(trainer, options_of(cfg))
+            trainer._stm_data_name = ", ".join(Path(str(data["path"])).stem for data in cfg.datasets or []) or None
             self._trainer = trainer
 
     def post_train(self, cfg: Any, model: Any) -> None:

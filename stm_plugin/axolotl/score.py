@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..sweep import Sweep
+from ..sweep import sweep_of
 from .names import ADD_THE_LINE, is_active
 
 
@@ -22,7 +22,7 @@ def stm_score(config: str) -> None:
     run = trainer.stm_score()
     if not trainer.is_world_process_zero():
         return
-    for line in Sweep.of(run.plan.spread(run.scores)).lines():
+    for line in sweep_of(trainer.stm_scored_data(run)).lines():
         click.echo(line)
     click.echo(f"Scores: {run.receipt['scores_entry']}")
 

@@ -1,0 +1,1 @@
+"""`stm report`: one page of HTML that shows what is masked and what other thresholds would mask."""

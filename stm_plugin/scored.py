@@ -1,0 +1,220 @@
+"""A data set with its scores, as `stm inspect`, `stm sweep` and `stm report` take it: found on disk, or made now."""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .constants import RECEIPT_NAME
+from .document_store import KeptDocuments, documents_folder, find_documents, read_documents
+from .documents import Documents
+from .masks import Masks, apply_threshold, candidate_scores, threshold_in_nats
+from .options import STRATEGIES, STMOptions
+from .plan import ScorePlan
+from .receipt import Receipt
+from .store import MANIFEST, ScoresError, ScoresKey, ScoreStore, default_root, read_key
+
+RULE = ("stm_threshold", "stm_mask_fraction", "stm_strategy", "stm_seed", "stm_keep_stop_tokens")
+"""The options that, with the scores, decide what is masked."""
+
+
+@dataclass(frozen=True)
+class ScoredData:
+    """A data set, the score of each of its N label tokens, and what they say.
+
+    Attributes:
+        kept: Its rows, texts and stop tokens.
+        nll: NLL in nats of all label tokens, in the data set's order, shape `(N,)`, float32.
+        key: Key of the scores.
+        receipt: `stm.json` of the run that they belong to; None where they are not looked at as those of a run.
+        title: What to call them; None for model and data.
+    """
+
+    kept: KeptDocuments
+    nll: np.ndarray
+    key: ScoresKey
+    receipt: Receipt | None = None
+    title: str | None = None
+
+    @property
+    def documents(self) -> Documents:
+        """The data set's rows."""
+        return self.kept.documents
+
+    @property
+    def name(self) -> str:
+        """Model and data, for a heading."""
+        if self.title is not None:
+            return self.title
+        model = (self.receipt or {}).get("model")
+        model = model.rstrip("/").rpartition("/")[2] if model else f"model {self.key.model[:8]}"
+        return f"{model} on {self.kept.name}"
+
+    @cached_property
+    def options(self) -> STMOptions:
+        """The options of the run; the defaults where there is none."""
+        return options_of_receipt(self.receipt) if self.receipt is not None else STMOptions()
+
+    def masks(self, options: STMOptions | None = None) -> Masks:
+        """What options mask; all tokens, where they say so.
+
+        Args:
+            options: Checked STM options; None for those of the run.
+        """
+        options = options or self.options
+        stop_token_ids = set(self.kept.stop_token_ids)
+        candidates = candidate_scores(self.documents, self.nll, options, stop_token_ids)
+        threshold_nats = threshold_in_nats(candidates, options)
+        return apply_threshold(self.documents, self.nll, threshold_nats, options, stop_token_ids)
+
+
+def options_of_receipt(receipt: Receipt) -> STMOptions:
+    """The options that decided a receipt's masks."""
+    fraction = receipt["mask_fraction"]
+    options = STMOptions(
+        stm_threshold=None if fraction is not None else float(receipt["threshold"]),
+        stm_mask_fraction=fraction,
+        stm_strategy=receipt["strategy"],
+        stm_seed=receipt["seed"],
+        stm_keep_stop_tokens=receipt["keep_stop_tokens"],
+        stm_reference=receipt["reference"],
+    )
+    options.check()
+    return options
+
+
+def read_scored(source: str | os.PathLike[str]) -> ScoredData:
+    """Scored data from a folder.
+
+    Args:
+        source: A run's output folder or checkpoint (it has `stm.json`), or an entry of the scores folder.
+
+    Raises:
+        ScoresError: For a folder that is neither, or scores that are gone or damaged.
+        DocumentsError: For rows that are gone or damaged.
+    """
+    folder = Path(source).expanduser()
+    if (folder / RECEIPT_NAME).is_file():
+        return _of_run(folder)
+    if (folder / MANIFEST).is_file():
+        key = read_key(folder)
+        kept, plan = read_documents(find_documents(key.data))
+        return _joined(kept, plan, ScoreStore(folder.resolve().parent), key)
+    raise ScoresError(
+        f"{folder} has neither a {RECEIPT_NAME} nor a {MANIFEST}. Give the output folder or a checkpoint of a run "
+        f"with STM, or an entry of the scores folder (by default below {default_root()})."
+    )
+
+
+def _of_run(folder: Path) -> ScoredData:
+    receipt = json.loads((folder / RECEIPT_NAME).read_text(encoding="utf-8"))
+    if "scores_key" not in receipt:
+        raise ScoresError(
+            f"{folder} was trained with stm_reference 'current', which scores anew at every step and keeps nothing to "
+            "look at. Give a run with stm_reference 'initial', or score the data with a model."
+        )
+    key = ScoresKey(**receipt["scores_key"])
+    path = documents_folder() / receipt["documents_file"] if receipt.get("documents_file") else None
+    kept, plan = read_documents(path if path is not None and path.is_file() else find_documents(key.data))
+    entry = Path(receipt["scores_entry"])
+    data = _joined(kept, plan, ScoreStore(entry.parent if entry.is_dir() else None), key, receipt)
+    masks = data.masks()
+    if data.documents.digest(masks.labels) != receipt["mask_digest"]:
+        raise ScoresError(
+            f"The rows and scores that are kept do not give the masks of {folder / RECEIPT_NAME} (its mask_digest "
+            "differs): the rows were replaced by others, or the file was changed. Score the run's data again."
+        )
+    return data
+
+
+def _joined(
+    kept: KeptDocuments, plan: ScorePlan, store: ScoreStore, key: ScoresKey, receipt: Receipt | None = None
+) -> ScoredData:
+    scores = store.read(key, plan.num_scores)
+    if scores is None:
+        raise ScoresError(
+            f"The scores are gone from {store.path(key)}. Put that folder back, or score the data again."
+        )
+    return ScoredData(kept, plan.spread(scores), key, receipt)
+
+
+def score_now(arguments: list[str]) -> ScoredData:
+    """Score data with a model, or find that it was scored before; nothing is trained.
+
+    Args:
+        arguments: Those of `stm sft`, such as `--model_name_or_path` and `--dataset_name`.
+    """
+    from .score_command import make_scores
+    from .sft import parse
+
+    trainer, run = make_scores(*parse(arguments))
+    return trainer.stm_scored_data(run)
+
+
+def names_a_model(arguments: list[str]) -> bool:
+    """Whether a command line asks for scores made now: its flags are those of `stm sft`, without a SOURCE."""
+    return any(argument.partition("=")[0] in ("--model_name_or_path", "--config") for argument in arguments)
+
+
+def add_source(parser: argparse.ArgumentParser, sources: str | int | None, rule: tuple[str, ...]) -> None:
+    """Add what every command takes: where the scores are, and which tokens are masked.
+
+    Args:
+        parser: The command's parser.
+        sources: `nargs` of the sources; None for scores that are made now.
+        rule: Which of `RULE` may be given.
+    """
+    if sources is None:
+        parser.set_defaults(source=None)
+    else:
+        parser.add_argument(
+            "source",
+            nargs=sources,
+            metavar="SOURCE",
+            help="output folder or checkpoint of a run with STM, or an entry of the scores folder; in its place give "
+            "--model_name_or_path and --dataset_name as to `stm sft`, and the data are scored now",
+        )
+    group = parser.add_argument_group("what is masked (those of the run, or else the defaults)")
+    types = {"stm_threshold": float, "stm_mask_fraction": float, "stm_seed": int}
+    for option in fields(STMOptions):
+        if option.name not in rule:
+            continue
+        text = option.metadata["help"].replace("%", "%%")
+        if option.name == "stm_keep_stop_tokens":
+            group.add_argument(f"--{option.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            choices = STRATEGIES if option.name == "stm_strategy" else None
+            kind = types.get(option.name, str)
+            group.add_argument(f"--{option.name}", type=kind, choices=choices, default=None, help=text)
+
+
+def scored_of(args: argparse.Namespace) -> list[ScoredData]:
+    """The scored data that a command line names.
+
+    Args:
+        args: What a parser with `add_source` read; `rest` holds what it did not know, for `stm sft`.
+    """
+    if args.source:
+        return [read_scored(source) for source in args.source]
+    given = _rule_given(args)
+    return [score_now([*args.rest, *(part for name, value in given.items() for part in (f"--{name}", str(value)))])]
+
+
+def options_of(args: argparse.Namespace, data: ScoredData) -> STMOptions:
+    """The options of the run, those of the command line in their place, checked."""
+    given = _rule_given(args)
+    options = {name: getattr(data.options, name) for name in RULE}
+    if given.keys() & {"stm_threshold", "stm_mask_fraction"}:
+        options |= {"stm_threshold": None, "stm_mask_fraction": None}
+    chosen = STMOptions(**options | given)
+    chosen.check()
+    return chosen
+
+
+def _rule_given(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in RULE if getattr(args, name, None) is not None}
