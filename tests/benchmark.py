@@ -45,6 +45,7 @@ def main() -> None:
     for name, allowed in (("models", MODELS), ("dtypes", DTYPES), ("parts", ("start", "training", "scoring"))):
         parser.add_argument(f"--{name}", nargs="+", choices=allowed, default=allowed, help="default: all")
     parser.add_argument("--training-models", nargs="+", choices=MODELS, default=["smollm2"], help="default: smollm2")
+    parser.add_argument("--rows", type=int, default=20, help="rows of data (default: %(default)s)")
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -59,13 +60,13 @@ def main() -> None:
         results["start"] = compare_start()
     if "scoring" in args.parts and args.host == "trl":
         results["scoring"] = {
-            f"{model}, {dtype}": compare_scoring(model, dtype, args.pairs)
+            f"{model}, {dtype}": compare_scoring(model, dtype, args.rows, args.pairs)
             for model in args.models
             for dtype in args.dtypes
         }
     if "training" in args.parts:
         results["training"] = {
-            f"{model}, {dtype}": compare_training(Run(args.host, model, dtype), args.pairs)
+            f"{model}, {dtype}": compare_training(Run(args.host, model, dtype, args.rows), args.pairs)
             for model in (args.training_models if args.host == "trl" else ["smollm2"])
             for dtype in (args.dtypes if args.host == "trl" else ["float32"])
         }
@@ -79,6 +80,7 @@ class Run(NamedTuple):
     host: str
     model: str
     dtype: str
+    num_rows: int
 
 
 def compare_start(pairs: int = 40) -> dict:
@@ -147,6 +149,7 @@ def take_turns(run: Run, scores: str) -> dict[str, list[float]]:
 
 def start_side(run: Run, side: str, scores: str, steps: int, **environment: str) -> subprocess.Popen:
     command = [sys.executable, __file__, "--host", run.host, "--model", run.model, "--dtype", run.dtype]
+    command += ["--rows", str(run.num_rows)]
     return subprocess.Popen(
         [*command, "--side", side, "--steps", str(steps), "--scores", scores],
         env=os.environ | environment,
@@ -196,7 +199,7 @@ def trl_trainer(args: argparse.Namespace, output_dir: str):
 
     from stm_plugin import STMSFTConfig, STMSFTTrainer
 
-    model, data = model_and_data(args.model)
+    model, data = model_and_data(args.model, args.rows)
     trainer_class, config_class, more = SFTTrainer, SFTConfig, {}
     if args.side != "SFT":
         trainer_class, config_class = STMSFTTrainer, STMSFTConfig
@@ -222,7 +225,7 @@ def trl_trainer(args: argparse.Namespace, output_dir: str):
 def axolotl_trainer(args: argparse.Namespace, output_dir: str):
     from axolotl_helpers import ON_A_CPU, build  # before Axolotl: it turns telemetry off
 
-    model, data = model_and_data("smollm2")
+    model, data = model_and_data("smollm2", args.rows)
     chats = Path(output_dir) / "chats.jsonl"
     chats.write_text("\n".join(json.dumps({"messages": row["prompt"] + row["completion"]}) for row in data))
     config = ON_A_CPU | {
@@ -247,12 +250,12 @@ def axolotl_trainer(args: argparse.Namespace, output_dir: str):
     return build(config | ({"plugins": "stm", "stm_scores_dir": args.scores} if args.side == "STM" else {}))
 
 
-def compare_scoring(model: str, dtype: str, pairs: int) -> dict:
+def compare_scoring(model: str, dtype: str, num_rows: int, pairs: int) -> dict:
     """Rates of scoring, its floor and the paper's loop, and how much memory scoring takes over the bare backbone."""
-    results = benchmark_scoring.measure(model, dtype, pairs)
+    results = benchmark_scoring.measure(model, dtype, num_rows, pairs)
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
     for side in ("backbone", "scoring"):
-        command = [sys.executable, benchmark_scoring.__file__, model, dtype, side]
+        command = [sys.executable, benchmark_scoring.__file__, model, dtype, str(num_rows), side]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         results[f"peak_mib_{side}"] = json.loads(done.stdout.splitlines()[-1])
     return results
