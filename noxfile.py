@@ -7,7 +7,7 @@ nox.options.error_on_missing_interpreters = False
 nox.options.sessions = ["lint", "pure", "trl", "axolotl-0.19"]
 
 STACKS = ["1.9", "1.16"]
-WITHOUT_TORCH = ["numpy>=1.26", "packaging>=23", "tqdm>=4.66", "xxhash>=3.4"]
+WITHOUT_TORCH = ["filelock>=3.12", "numpy>=1.26", "packaging>=23", "tqdm>=4.66", "xxhash>=3.4"]
 TEST_TOOLS = ["hypothesis>=6.120", "pytest>=9", "pytest-timeout>=2.4", "pyyaml>=6"]
 
 
@@ -82,4 +82,4 @@ def install_axolotl(session, release):
 
 
 def install_stack(session, stack):
-    session.install("-c", f"constraints/trl-{stack}.txt", "-e", ".[demo,qlora,test]", f"trl~={stack}.0")
+    session.install("-c", f"constraints/trl-{stack}.txt", "-e", ".[deepspeed,demo,qlora,test]", f"trl~={stack}.0")

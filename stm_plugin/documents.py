@@ -237,6 +237,14 @@ class Documents:
         hashes.sort()
         return hashlib.sha256(hashes.view(np.uint8).data).hexdigest()
 
+    @property
+    def rows_fingerprint(self) -> str:
+        """128-bit hash of all rows in their order, in hexadecimal."""
+        digest = xxhash.xxh3_128()
+        for array in (self.input_ids, self.labels, self.document_offsets, self.row_offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Runs of documents: the index of the first, and the offsets of all of them with the end."""
         for first, last in runs(self.document_offsets):

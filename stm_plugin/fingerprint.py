@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
 from .scoring import causal_lm
+from .sharding import whole
 
 _NOT_THE_FUNCTION = {
     # Settings of a model's config that its logits do not depend on; hosts change some of them.
@@ -49,7 +50,10 @@ _LORA_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """128-bit hash, in hexadecimal, of the function that a causal language model computes as it stands."""
+    """128-bit hash, in hexadecimal, of the function that a causal language model computes as it stands.
+
+    Where processes share out its weights, all of them must ask.
+    """
     lm = causal_lm(model)
     tensors = {name: _tensor_hash(tensor) for name, tensor in effective_tensors(model)}
     facts = {
@@ -136,9 +140,10 @@ def _does_something(module: Any, adapter: str) -> bool:
     """Whether a LoRA layer's update B A (or its bias) is other than zero."""
     factors = [getattr(module, part) for part in _LORA_FACTORS]
     mine = [part[adapter] for part in factors if adapter in part]
-    nonzero = [bool(getattr(part, "weight", part).any()) for part in mine]
+    weights = [getattr(part, "weight", part) for part in mine]
     biases = [part.bias for part in mine if getattr(part, "bias", None) is not None]
-    return all(nonzero) or any(bool(bias.any()) for bias in biases)
+    with whole(*weights, *biases):
+        return all(bool(weight.any()) for weight in weights) or any(bool(bias.any()) for bias in biases)
 
 
 def _name_without_adapter(parts: list[str]) -> str:
@@ -149,12 +154,13 @@ def _name_without_adapter(parts: list[str]) -> str:
 
 
 def _tensor_hash(tensor: torch.Tensor) -> str:
-    digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if tensor.numel():
-        data = tensor.detach().contiguous().flatten().view(torch.uint8)
-        for piece in data.split(2**28):  # a quarter of a GiB at a time leaves the device
-            digest.update(piece.cpu().numpy())
-    return digest.hexdigest()
+    with whole(tensor):
+        digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            data = tensor.detach().contiguous().flatten().view(torch.uint8)
+            for piece in data.split(2**28):  # a quarter of a GiB at a time leaves the device
+                digest.update(piece.cpu().numpy())
+        return digest.hexdigest()
 
 
 def _function_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,17 +18,15 @@ before any is counted or trained, masks them under the live weights.
 
 import gc
 import logging
-import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -36,6 +34,7 @@ from ._compat import counts_predicted_labels
 from .collators import MaskCounter, check_collator
 from .constants import IGNORE_INDEX, MASKED_COLUMN
 from .documents import Documents, with_columns
+from .engine import find_or_make_scores
 from .fingerprint import model_fingerprint, quantization, weights_dtype
 from .live import mask_batches
 from .logs import show_log_lines
@@ -43,6 +42,7 @@ from .masks import LiveTotals, Masks, make_masks
 from .options import REFERENCE_CURRENT, REFERENCE_INITIAL, STMOptions
 from .plan import ScorePlan
 from .randomness import RandomState, preserved_random_state
+from .ranks import Ranks
 from .receipt import (
     OPTIONS_OF_THE_MASK,
     Receipt,
@@ -53,7 +53,8 @@ from .receipt import (
     write_receipt,
 )
 from .reference import check_same_tokens, loaded_reference
-from .scoring import check_scorable, score
+from .scoring import Autocast, check_scorable, score
+from .sharding import is_sharded
 from .store import ScoresError, ScoresKey, ScoreStore
 
 if TYPE_CHECKING:
@@ -62,9 +63,6 @@ else:
     _Host = object
 
 logger = logging.getLogger(__name__)
-
-Value = TypeVar("Value")
-Autocast = Callable[[], AbstractContextManager[Any]]
 
 _STOP_TOKENS_WARNING = 0.05
 
@@ -143,13 +141,15 @@ class STMTrainerMixin(_Host):
         self._stm_counts: dict[str, Any] = {}
         self._stm_only_scores = False
         self._stm_totals: LiveTotals | None = None
+        self._stm_unsharded: tuple[ScoresKey, Any] | None = None
+        self._stm_ranks = Ranks(self.args.process_index, self.args.world_size)
+        facts = self._stm_ranks.each(self._stm_checked_facts)
+        self._stm_ranks.check_agreement(facts[self._stm_ranks.index])
         options = STMOptions.from_args(self.args)
-        self._stm_check_supported(options)
-        if options.stm_reference == REFERENCE_CURRENT:
-            check_unmasked(self.train_dataset)
-        else:
-            self._stm_check_reference(options, _unmasked_documents(self.train_dataset))
-            self._stm_from_main(ScoreStore(options.stm_scores_dir).check_writable)
+        if options.stm_reference != REFERENCE_CURRENT:
+            self._stm_ranks.from_main(ScoreStore(options.stm_scores_dir).check_usable)
+            if self.is_fsdp_enabled and options.stm_reference == REFERENCE_INITIAL:
+                self._stm_find_scores_before_sharding(options)
         self.add_callback(self._stm_state)
         if not self.args.average_tokens_across_devices:
             self.args.average_tokens_across_devices = True
@@ -160,6 +160,18 @@ class STMTrainerMixin(_Host):
                 "stays.",
                 type(self.model).__name__,
             )
+
+    def _stm_checked_facts(self) -> dict[str, Any]:
+        """What all processes must agree on, after the checks that each makes by itself."""
+        options = STMOptions.from_args(self.args)
+        self._stm_check_supported(options)
+        facts = {name: value for name, value in vars(options).items() if name != "stm_scores_dir"}
+        if options.stm_reference == REFERENCE_CURRENT:
+            check_unmasked(self.train_dataset)
+            return facts
+        documents = _unmasked_documents(self.train_dataset)
+        self._stm_check_reference(options, documents)
+        return facts | ({"training rows": documents.rows_fingerprint} if self.args.world_size > 1 else {})
 
     def _stm_check_reference(self, options: STMOptions, documents: Documents) -> None:
         if options.stm_reference != REFERENCE_INITIAL:
@@ -186,14 +198,16 @@ class STMTrainerMixin(_Host):
             "tensor parallelism (tp_size)": parallelism.tp_enabled,
         }
         kinds = [kind for kind, on in (enabled or {}).items() if on]
-        if self.is_fsdp_enabled:
-            kinds.append("FSDP")
-        if self.is_deepspeed_enabled:
-            kinds.append("DeepSpeed")
+        if self.is_fsdp_enabled and options.stm_reference == REFERENCE_CURRENT:
+            kinds.append("FSDP with stm_reference='current'")
+        if getattr(self, "is_distributed_loading_by_transformers", False):
+            kinds.append("weights that transformers shards as it loads them (distributed_config)")
         if self.args.n_gpu > 1:
             kinds.append("nn.DataParallel (launch with torchrun or accelerate instead)")
         if kinds:
-            raise ValueError(f"STM cannot yet score exactly under {' and '.join(kinds)}. Use one process, or DDP.")
+            raise ValueError(
+                f"STM cannot yet score exactly under {' and '.join(kinds)}. Use one process, DDP or DeepSpeed."
+            )
 
     def stm_score(self) -> MaskedRun:
         """Score and mask the training set as `train()` would, with the model prepared as for training; train nothing.
@@ -319,6 +333,9 @@ class STMTrainerMixin(_Host):
         assert self._stm_totals is not None
         options = STMOptions.from_args(self.args)
 
+        ranks = self._stm_ranks
+        agree = ranks.largest if is_sharded(self.model) else None
+
         def scores_of(documents: Documents) -> Any:
             plan = ScorePlan.of(documents)
             scores = score(
@@ -326,13 +343,13 @@ class STMTrainerMixin(_Host):
                 plan,
                 tokens_per_batch=options.stm_tokens_per_batch,
                 autocast=self.accelerator.autocast,
+                agree=agree,
                 progress=False,
             )
             return plan.spread(scores)
 
         def gathered(scores: Any) -> Any:
-            several = self.args.world_size > 1 and options.stm_mask_fraction is not None
-            return np.concatenate(gather_object([scores])) if several else scores
+            return np.concatenate(ranks.gather(scores)) if options.stm_mask_fraction is not None else scores
 
         with preserved_random_state():
             masks = mask_batches(batches, options, self._stm_stop_token_ids(), scores_of, gathered)
@@ -404,8 +421,10 @@ class STMTrainerMixin(_Host):
         """Key and scores of a plan, and where they came from; with `expected`, only if that is the key."""
         store = ScoreStore(options.stm_scores_dir)
         self._stm_check_reference(options, plan.documents)
+        if self._stm_unsharded is not None:
+            return *self._stm_unsharded, "found"
         with self._stm_scoring_model(options) as (model, autocast):
-            key = self._stm_from_main(lambda: _scores_key(model, autocast, plan, self.args.device.type))
+            key = self._stm_key(model, autocast, plan)
             if expected is not None and key != expected:
                 differing = [name for name, value in vars(expected).items() if value != getattr(key, name)]
                 raise ScoresError(
@@ -413,24 +432,40 @@ class STMTrainerMixin(_Host):
                     f"from this model: its {' and '.join(differing)} differs. Put that folder back, or build the "
                     "trainer with the model that the run started from."
                 )
-            scores = self._stm_from_main(lambda: store.read(key, plan.num_scores))
-            if scores is not None:
-                return key, scores, "found"
-            started = time.monotonic()
-            share = score(
-                model,
+            scores, origin = find_or_make_scores(
+                store,
+                key,
                 plan,
+                model,
                 tokens_per_batch=options.stm_tokens_per_batch,
                 autocast=autocast,
-                process_index=self.args.process_index,
-                num_processes=self.args.world_size,
-                progress=self.is_local_process_zero() and not self.args.disable_tqdm,
+                ranks=self._stm_ranks,
+                progress=self.is_world_process_zero() and not self.args.disable_tqdm,
             )
-        if self.args.world_size > 1:
-            whole = self.accelerator.reduce(torch.from_numpy(share).to(self.args.device), "sum")
-            share = whole.cpu().numpy()
-        self._stm_from_main(lambda: store.write(key, share))
-        return key, share, f"made in {time.monotonic() - started:.1f} s"
+        return key, scores, origin
+
+    def _stm_key(self, model: Any, autocast: Autocast, plan: ScorePlan) -> ScoresKey:
+        """Key of a model's scores, found by all processes if they share out its weights, else by the main one."""
+
+        def make() -> ScoresKey:
+            return _scores_key(model, autocast, plan, self.args.device.type)
+
+        return self._stm_ranks.each(make)[0] if is_sharded(model) else self._stm_ranks.from_main(make)
+
+    def _stm_find_scores_before_sharding(self, options: STMOptions) -> None:
+        """Find the scores while the model is whole: under FSDP none are made."""
+        plan = ScorePlan.of(_unmasked_documents(self.train_dataset))
+        with self._stm_scoring_model(options) as (model, autocast):
+            key = self._stm_key(model, autocast, plan)
+        store = ScoreStore(options.stm_scores_dir)
+        scores = self._stm_ranks.from_main(lambda: store.read(key, plan.num_scores))
+        if scores is None:
+            raise ScoresError(
+                f"Under FSDP the scores must be there before training starts, and {store.path(key)} is missing "
+                f"(weights {key.dtype}, autocast {key.autocast}). Make them with the same model, data and options in "
+                "one process, without FSDP: `stm score` for TRL, `axolotl stm-score CONFIG` for Axolotl."
+            )
+        self._stm_unsharded = key, scores
 
     @contextmanager
     def _stm_scoring_model(self, options: STMOptions) -> Iterator[tuple[Any, Autocast]]:
@@ -449,7 +484,7 @@ class STMTrainerMixin(_Host):
         """Key and scores that the run started with whose checkpoint is resumed."""
         key = self._stm_key_of_checkpoint(checkpoint, plan)
         store = ScoreStore(options.stm_scores_dir)
-        scores = self._stm_from_main(lambda: store.read(key, plan.num_scores))
+        scores = self._stm_ranks.from_main(lambda: store.read(key, plan.num_scores))
         if scores is None:
             raise ScoresError(
                 f"The scores of the original start are gone from {store.path(key)}, and the weights that {checkpoint} "
@@ -462,7 +497,7 @@ class STMTrainerMixin(_Host):
         options = STMOptions.from_args(self.args)
         plan = ScorePlan.of(_unmasked_documents(self.train_dataset))
         key = self._stm_key_of_checkpoint(checkpoint, plan)
-        if not self._stm_from_main(ScoreStore(options.stm_scores_dir).path(key).exists):
+        if not self._stm_ranks.from_main(ScoreStore(options.stm_scores_dir).path(key).exists):
             self._stm_find_or_make_scores(plan, options, expected=key)
 
     def _stm_key_of_checkpoint(self, checkpoint: str, plan: ScorePlan) -> ScoresKey:
@@ -571,21 +606,6 @@ class STMTrainerMixin(_Host):
         of_model = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         ids = {*(of_model if isinstance(of_model, list) else [of_model]), getattr(tokenizer, "eos_token_id", None)}
         return {token_id for token_id in ids if token_id is not None}
-
-    def _stm_from_main(self, make: Callable[[], Value]) -> Value:
-        """A value that the main process makes, on every process; its error too, so that none waits for another."""
-        if self.args.world_size == 1:
-            return make()
-        outcome: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                outcome[0] = make()
-            except Exception as error:  # raised below, on every process
-                outcome[1] = error
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
 
     def _stm_info(self, message: str, *values: Any) -> None:
         if self.is_world_process_zero():

@@ -66,12 +66,24 @@ class ScorePlan:
 
     def batches(self, tokens_per_batch: int) -> list[range]:
         """Runs of planned documents whose padded size stays within a token budget (a longer document goes alone)."""
-        batches, start = [], 0
-        while start < len(self):
+        return self.split(range(len(self)), tokens_per_batch)
+
+    def split(self, batch: range, tokens_per_batch: int) -> list[range]:
+        """A batch in parts whose padded size stays within a smaller budget (a longer document goes alone)."""
+        parts, start = [], batch.start
+        while start < batch.stop:
             size = max(1, tokens_per_batch // int(self.lengths[start]))  # the first is the longest
-            batches.append(range(start, min(start + size, len(self))))
+            parts.append(range(start, min(start + size, batch.stop)))
             start += size
-        return batches
+        return parts
+
+    def num_tokens(self, batches: list[range]) -> int:
+        """Tokens of some batches, without padding."""
+        return sum(int(self.lengths[batch.start : batch.stop].sum()) for batch in batches)
+
+    def num_padded_tokens(self, batch: range) -> int:
+        """Tokens of a batch's forward pass."""
+        return len(batch) * int(self.lengths[batch.start])
 
     def spread(self, scores: np.ndarray) -> np.ndarray:
         """Scores in canonical order, shape `(num_scores,)`, as those of all N label tokens in the data set's order."""

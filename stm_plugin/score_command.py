@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .store import MANIFEST, ScoresError, ScoresKey, ScoreStore
+from .store import EntryReport, ScoresError, entries
 from .sweep import THRESHOLDS, Sweep
 
 _JSON_HELP = "Write the result to this file too, as JSON."
@@ -115,62 +115,34 @@ def look(argv: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help=_JSON_HELP)
     args = parser.parse_args(argv)
     folder = args.info or args.verify
-    entries = find_entries(folder)
-    if not entries:
-        print(f"{folder} holds no scores: neither it nor a folder in it has a {MANIFEST}.", file=sys.stderr)
+    verified = args.verify is not None
+    try:
+        reports = entries(folder, verify=verified)
+    except ScoresError as error:
+        print(error, file=sys.stderr)
         return 1
-    results = {str(entry): _outcome(describe if args.info else verify, entry) for entry in entries}
+    results = {str(report.path): facts_of(report, verified) for report in reports}
     for entry, facts in results.items():
         print(entry, *(f"  {name}: {value}" for name, value in facts.items()), sep="\n")
     _write_json(results, args.json)
-    return int(any("damaged" in facts for facts in results.values()))
+    return int(any(report.faults for report in reports))
 
 
-def find_entries(folder: Path) -> list[Path]:
-    """The scores entries at a folder, which is one itself or a root of several."""
-    if (folder / MANIFEST).is_file():
-        return [folder]
-    return sorted(path.parent for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
-
-
-def describe(entry: Path) -> dict[str, Any]:
-    """What an entry holds, by its manifest alone.
-
-    Raises:
-        ScoresError: If the manifest is damaged.
-    """
-    manifest = ScoreStore(entry.parent)._read_manifest(entry)
-    size = sum(file.stat().st_size for file in entry.iterdir())
-    return {
-        **{name: value for name, value in manifest["key"].items() if name != "format_version"},
-        "scores": manifest["num_scores"],
-        "bytes": size,
-        "bytes per score": round(size / max(1, manifest["num_scores"]), 2),
-    }
-
-
-def verify(entry: Path) -> dict[str, Any]:
-    """Read an entry whole.
-
-    Raises:
-        ScoresError: If it is damaged, saying how.
-    """
-    entry = entry.resolve()
-    store = ScoreStore(entry.parent)
-    manifest = store._read_manifest(entry)
-    key = ScoresKey(**manifest["key"])
-    if store.path(key) != entry:
-        raise ScoresError(f"{entry} is the entry of another key: its folder should be {key.name}.")
-    scores = store.read(key, manifest["num_scores"])
-    assert scores is not None
-    return {"ok": f"{len(scores):,} scores"}
-
-
-def _outcome(look_at: Any, entry: Path) -> dict[str, Any]:
-    try:
-        return look_at(entry)
-    except ScoresError as error:
-        return {"damaged": str(error)}
+def facts_of(report: EntryReport, verified: bool) -> dict[str, Any]:
+    """What there is to say about an entry, in words and numbers; that it is whole only if it has been read."""
+    facts: dict[str, Any] = {} if report.key is None else asdict(report.key)
+    if report.key is not None:
+        facts |= {
+            "scores": report.num_scores,
+            "tokens per batch": report.tokens_per_batch,
+            "bytes": report.num_bytes,
+            "bytes per score": round(report.num_bytes / max(1, report.num_scores), 2),
+        }
+    if report.faults:
+        facts["damaged"] = "; ".join(report.faults)
+    elif verified:
+        facts["whole"] = True
+    return facts
 
 
 def _write_json(result: dict[str, Any], file: str | None) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+Agree = Callable[[list[int]], list[int]]
 
 LOGITS_PER_SLICE = 2**23
 """Most logits that exist at a time: 32 MiB in float32, whatever the vocabulary and the batch."""
@@ -72,12 +75,37 @@ def score(
     plan: ScorePlan,
     *,
     tokens_per_batch: int,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    process_index: int = 0,
-    num_processes: int = 1,
+    autocast: Autocast = nullcontext,
+    agree: Agree | None = None,
     progress: bool = True,
 ) -> np.ndarray:
-    """Score a plan's documents, or one process's share of them, each with its full left context and nothing else.
+    """Score a plan's documents, each with its full left context and nothing else.
+
+    Args:
+        model: Causal language model, with or without adapters.
+        plan: Documents to score.
+        tokens_per_batch: Most tokens of one forward pass, padding included.
+        autocast: Makes the context of the forward pass, that of training.
+        agree: As for `Scorer`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        NLL in nats in the plan's order, shape `(plan.num_scores,)`, float32.
+    """
+    scorer = Scorer(model, plan, autocast, agree)
+    batches = plan.batches(tokens_per_batch)
+    with progress_bar(plan.num_tokens(batches), shown=progress) as bar:
+        parts = scorer.score(batches, bar.update)
+    return np.concatenate([np.zeros(0, np.float32), *parts])
+
+
+def progress_bar(num_tokens: int, *, shown: bool) -> Any:
+    """A bar of tokens scored, tokens a second and time left."""
+    return tqdm(total=num_tokens, unit="tok", unit_scale=True, desc="STM: scoring", disable=not shown, smoothing=0.05)
+
+
+class Scorer:
+    """Scores batches of a plan's documents with one model.
 
     The naive equivalent for one document of ids `input_ids` is
 
@@ -90,50 +118,101 @@ def score(
     Args:
         model: Causal language model, with or without adapters; not wrapped for distribution.
         plan: Documents to score.
-        tokens_per_batch: Most tokens of one forward pass, padding included.
         autocast: Makes the context of the forward pass, that of training.
-        process_index: Which share to score.
-        num_processes: Shares there are; batches go round.
-        progress: Whether to show a progress bar.
+        agree: Where processes share out the model's weights, and so must run its forward in step: given the number of
+            slices of logits of each of this process's batches, the largest of all processes for each. None otherwise.
 
-    Returns:
-        NLL in nats in the plan's order, shape `(plan.num_scores,)`, float32; zero outside this process's share.
+    Attributes:
+        tokens_per_batch: The budget that a device out of memory has forced, None while none has.
     """
-    check_scorable(model)
-    scores = np.zeros(plan.num_scores, dtype=np.float32)
-    batches = plan.batches(tokens_per_batch)[process_index::num_processes]
-    num_tokens = sum(int(plan.lengths[batch.start : batch.stop].sum()) for batch in batches)
-    bar = tqdm(
-        total=num_tokens, unit="tok", unit_scale=True, desc="STM: scoring", disable=not progress, smoothing=0.05
-    )
-    with bar, torch.no_grad(), eval_mode(model), autocast():
-        for batch in batches:
-            # Wait for a batch's scores only here: within a batch nothing comes back from the device.
-            scores[plan.offsets[batch.start] : plan.offsets[batch.stop]] = _score_batch(model, plan, batch)
-            bar.update(int(plan.lengths[batch.start : batch.stop].sum()))
-    return scores
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: ScorePlan,
+        autocast: Autocast = nullcontext,
+        agree: Agree | None = None,
+    ):
+        check_scorable(model)
+        self.model, self.plan, self.autocast, self.agree = model, plan, autocast, agree
+        self.tokens_per_batch: int | None = None
+
+    def score(self, batches: list[range], advance: Callable[[int], Any] = lambda _: None) -> list[np.ndarray]:
+        """Score batches.
+
+        Args:
+            batches: Runs of planned documents, each for one forward pass.
+            advance: Called after each with the tokens that it had.
+
+        Returns:
+            NLL in nats of each batch's label tokens, in the plan's order, float32.
+        """
+        scores = []
+        with torch.no_grad(), eval_mode(self.model), self.autocast():
+            if self.agree is None:
+                for batch in batches:
+                    scores.append(self._score_within_memory(batch))
+                    advance(self.plan.num_tokens([batch]))
+                return scores
+            num_slices = self.agree([self._num_slices(batch) for batch in batches])
+            for batch, slices in zip_longest(batches, num_slices):
+                scores.append(_score_batch(self.model, self.plan, batch or range(0), slices))
+                advance(self.plan.num_tokens([batch]) if batch else 0)
+        return scores[: len(batches)]
+
+    def _score_within_memory(self, batch: range) -> np.ndarray:
+        """Scores of a batch, in halves of halves where the device has no memory for it at once."""
+        parts = [batch] if self.tokens_per_batch is None else self.plan.split(batch, self.tokens_per_batch)
+        scores = []
+        for part in parts:
+            try:
+                scores.append(_score_batch(self.model, self.plan, part))
+                continue
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self.tokens_per_batch = self.plan.num_padded_tokens(part) // 2
+            # out of the handler, whose traceback holds on to the batch's memory
+            torch.cuda.empty_cache()
+            logger.warning(
+                "Out of memory: scoring goes on with at most %d tokens a forward pass.", self.tokens_per_batch
+            )
+            scores.append(self._score_within_memory(part))
+        return np.concatenate(scores)
+
+    def _num_slices(self, batch: range) -> int:
+        num_labels = int(self.plan.offsets[batch.stop] - self.plan.offsets[batch.start])
+        return -(-num_labels // _labels_per_slice(causal_lm(self.model)))
 
 
-def token_nll(model: PreTrainedModel, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def token_nll(
+    model: PreTrainedModel, hidden_states: torch.Tensor, labels: torch.Tensor, num_slices: int = 0
+) -> torch.Tensor:
     """NLL of labels, given the hidden states that predict them: the model's own head, then a float32 log-softmax.
 
     Args:
         model: Causal language model (the one with the head, without a PEFT wrapper).
         hidden_states: What the backbone yields at the predicting positions, shape `(N, H)`.
         labels: Token ids, shape `(N,)`.
+        num_slices: Times to run the head at least, on nothing where no labels are left.
 
     Returns:
-        NLL in nats, shape `(N,)`, float32, on the device of the logits.
+        NLL in nats, shape `(N,)`, float32, on the device of the hidden states.
     """
-    size = max(1, LOGITS_PER_SLICE // model.config.get_text_config().vocab_size)
-    return torch.cat(
-        [
-            # log_softmax over `(n, V)`, gathered at the labels
-            F.cross_entropy(logits.float(), some_labels.to(logits.device), reduction="none")
-            for some_hidden, some_labels in zip(hidden_states.split(size), labels.split(size), strict=True)
-            for logits in [_head_logits(model, some_hidden)]
-        ]
-    )
+    size = _labels_per_slice(model)
+    nll = [hidden_states.new_zeros(0, dtype=torch.float32)]
+    for start in range(0, len(labels), size):
+        logits = _head_logits(model, hidden_states[start : start + size])
+        some_labels = labels[start : start + size].to(logits.device)
+        # log_softmax over `(n, V)`, gathered at the labels
+        nll.append(F.cross_entropy(logits.float(), some_labels, reduction="none").to(hidden_states.device))
+    for _ in range(len(nll) - 1, num_slices):
+        _head_logits(model, hidden_states.new_zeros(1, hidden_states.shape[-1]))
+    return torch.cat(nll)
+
+
+def _labels_per_slice(lm: PreTrainedModel) -> int:
+    return max(1, LOGITS_PER_SLICE // lm.config.get_text_config().vocab_size)
 
 
 def check_scorable(model: Any) -> None:
@@ -213,14 +292,14 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _score_batch(model: PreTrainedModel, plan: ScorePlan, batch: range) -> np.ndarray:
-    """Scores of a run of planned documents, in order."""
+def _score_batch(model: PreTrainedModel, plan: ScorePlan, batch: range, num_slices: int = 0) -> np.ndarray:
+    """Scores of a run of planned documents, in order; of none, one token passes the backbone and no score comes."""
     documents = plan.documents
     lengths = plan.lengths[batch.start : batch.stop]
-    width = int(lengths.max())
+    width = int(lengths.max(initial=1))
     # Right padding only, so that no mask is needed: a causal model's real tokens never attend to what follows them.
-    input_ids = np.zeros((len(batch), width), dtype=np.int64)
-    predicting, labels = [], []
+    input_ids = np.zeros((max(1, len(batch)), width), dtype=np.int64)
+    predicting, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for row, (member, length) in enumerate(zip(plan.members[batch.start : batch.stop], lengths, strict=True)):
         start = documents.document_offsets[member]
         input_ids[row, :length] = documents.input_ids[start : start + length]
@@ -233,7 +312,8 @@ def _score_batch(model: PreTrainedModel, plan: ScorePlan, batch: range) -> np.nd
     index = torch.from_numpy(np.concatenate(predicting)).to(hidden_states.device)
     hidden_states = hidden_states.flatten(0, 1).index_select(0, index)
     label_ids = torch.from_numpy(np.concatenate(labels).astype(np.int64))
-    return token_nll(lm, hidden_states, label_ids.to(hidden_states.device)).cpu().numpy()
+    nll = token_nll(lm, hidden_states, label_ids.to(hidden_states.device), num_slices)
+    return nll.cpu().numpy()  # the only wait for the device
 
 
 class _BackboneOutput(MoeModelOutputWithPast):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +15,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from processes import load, run_in_two_processes, saved_llama
 from trl_helpers import (
     IGNORE,
     CountTokens,
@@ -55,13 +55,6 @@ def _options(threshold, **options):
     } | options
 
 
-def _load(folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder / "model")
-
-
 def _lora():
     from peft import LoraConfig
 
@@ -84,13 +77,13 @@ def _summary(trainer, count):
     }
 
 
-def _scored_run(folder, out, trainer=None, resume=None, **options):
+def _scored_run(folder, out, trainer=None, resume=None, rows=None, **options):
     """One STM run; tokens that pass the model in eval mode are those that were scored."""
-    model, tokenizer = _load(folder)
+    model, tokenizer = load(folder)
     settings = json.loads((folder / "settings.json").read_text())
     made = stm_trainer(
         model,
-        settings["rows"],
+        rows or settings["rows"],
         tokenizer,
         out,
         trainer,
@@ -111,7 +104,7 @@ def _scored_run(folder, out, trainer=None, resume=None, **options):
 
 
 def _live_run(folder, out, **options):
-    model, tokenizer = _load(folder)
+    model, tokenizer = load(folder)
     settings = json.loads((folder / "settings.json").read_text())
     options = _options(settings["threshold"], max_steps=3) | options
     made = stm_trainer(model, settings["rows"], tokenizer, out, trainer_class=RecordingSTM, **options)
@@ -126,7 +119,7 @@ def _live_run(folder, out, **options):
 
 
 def _plain_run(folder, out, make, recording, **options):
-    model, tokenizer = _load(folder)
+    model, tokenizer = load(folder)
     rows = json.loads((folder / "settings.json").read_text())["rows"]
     torch.manual_seed(0)
     made = make(model, rows, tokenizer, out, _lora(), trainer_class=recording, **_options(math.inf, **options))
@@ -194,14 +187,39 @@ def _scenarios(folder, out):
     yield "unwritable", lambda: _refusal(folder, out / "refused", stm_scores_dir=str(unwritable))
     yield "damaged scores", lambda: _damage(folder, out, damaged, rank)
     yield "nothing left", lambda: _refusal(folder, out / "refused", stm_threshold=1.0001)
+    rows = json.loads((folder / "settings.json").read_text())["rows"]
+    for name, options in _disagreements(rank, rows).items():
+        yield name, lambda options=options: _refusal(folder, out / "refused", **options)
     yield "after refusals", lambda: _scored_run(folder, out / "full", per_device_train_batch_size=2, max_steps=1)
+
+
+def _disagreements(rank, rows):
+    """Options of this rank, of which the other has others."""
+    if rank == "0":
+        return {
+            "thresholds differ": {"stm_threshold": 2.5},
+            "references differ": {"stm_reference": "current"},
+            "a label differs": {},
+            "orders differ": {},
+            "numbers of rows differ": {},
+            "one rank alone errs": {},
+        }
+    changed = {**rows[5], "labels": [*rows[5]["labels"][:-1], IGNORE]}
+    return {
+        "thresholds differ": {"stm_threshold": 2.6},
+        "references differ": {},
+        "a label differs": {"rows": [*rows[:5], changed, *rows[6:]]},
+        "orders differ": {"rows": rows[::-1]},
+        "numbers of rows differ": {"rows": rows[:-2]},
+        "one rank alone errs": {"stm_reference": "no/such/model"},
+    }
 
 
 def _damage(folder, out, damaged, rank):
     _scored_run(folder, out / "refused", stm_scores_dir=str(damaged), max_steps=1)
     if rank == "0":
         next(damaged.glob("*/manifest.json")).write_text("{}")
-    return _refusal(folder, out / "refused", stm_scores_dir=str(damaged))
+    return _scored_run(folder, out / "full", per_device_train_batch_size=2, max_steps=1, stm_scores_dir=str(damaged))
 
 
 def main(folder):
@@ -222,23 +240,8 @@ def main(folder):
 @pytest.fixture(scope="module")
 def both(tokenizer, tmp_path_factory):
     """Outcomes of both ranks of one launch, and the folder they ran in."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("ddp")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=None,
-        )
-    )
+    model = saved_llama(folder, tokenizer)
     rows = label_rows(tokenizer, NUM_ROWS)
     nats = math.log(threshold_between(oracle_nll(rows, model)))
     for row in (2, 3):  # all that rank 1 gets in the first step
@@ -247,35 +250,14 @@ def both(tokenizer, tmp_path_factory):
         )
     nll = oracle_nll(rows, model)
     assert_margin(scores_of(nll), nats)
-    model.__dict__.pop("_oracle")
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
     expected = masked_rows(rows, nll, nats)
     (folder / "settings.json").write_text(
         json.dumps({"rows": rows, "threshold": math.exp(nats), "expected": expected, "out": "out"})
     )
     (folder / "out").mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        __file__,
-        folder,
-    ]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths[:1] + paths[2:] + paths[1:2]),
-        "STM_HOME": str(folder / "stm-home"),
-        "OMP_NUM_THREADS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    done = subprocess.run(command, env=environment, timeout=TIMEOUT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-20000:]
+    errors = run_in_two_processes(__file__, folder, timeout=TIMEOUT, STM_HOME=str(folder / "stm-home"))
     ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    return ranks, folder, done.stderr
+    return ranks, folder, errors
 
 
 def _alone(folder, tmp_path, monkeypatch, **options):
@@ -311,7 +293,7 @@ def test_two_processes_are_one(name, alone, both, tmp_path, monkeypatch):
     _same_gradient(rank0["gradients"], one["gradients"])
     documents = one["documents"][: len(one["documents"]) if name == "bfd" else 4]
     if name != "bfd":
-        double, _ = kept_gradient(_load(folder)[0], documents)
+        double, _ = kept_gradient(load(folder)[0], documents)
         _same_gradient({k: v.double() for k, v in rank0["gradients"].items()}, double)
     # Counts are global: the same number on both ranks, the sum of what both keep.
     assert rank0["items"] == rank1["items"]
@@ -398,7 +380,6 @@ def test_receipts_are_written_once(both):
     ("name", "message"),
     [
         ("unwritable", "ScoresError: Scores cannot be written to"),
-        ("damaged scores", "ScoresError: The scores in"),
         ("nothing left", "ValueError: Every one of the"),
     ],
 )
@@ -408,15 +389,49 @@ def test_an_error_of_the_main_process_ends_both(name, message, both):
     assert found[0] == found[1]
 
 
-def test_a_run_after_refusals_is_as_ever(both):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("thresholds differ", "disagree on stm_threshold (rank 0: 2.5, rank 1: 2.6). Start all of them with the same"),
+        ("references differ", "disagree on stm_reference (rank 0: 'current', rank 1: 'initial') and training"),
+        ("a label differs", "disagree on training rows (rank 0: "),
+        ("orders differ", "disagree on training rows (rank 0: "),
+        ("numbers of rows differ", "disagree on training rows (rank 0: "),
+        ("one rank alone errs", "stm_reference='no/such/model' is neither 'initial' nor a model that can be loaded"),
+    ],
+)
+def test_ranks_that_disagree_all_stop(name, message, both):
+    """That `both` ends at all shows that none waits for another."""
+    found = [rank[name] for rank in both[0]]
+    assert message in found[0]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["damaged scores", "after refusals"])
+def test_a_run_after_refusals_or_damage_is_as_ever(name, both):
     for rank in both[0]:
-        assert rank["after refusals"]["digest"] == rank["full"]["digest"]
-        assert rank["after refusals"]["losses"] == rank["full"]["losses"][:1]
+        assert rank[name]["digest"] == rank["full"]["digest"]
+        assert rank[name]["losses"] == rank["full"]["losses"][:1]
+
+
+def test_damage_is_named_by_one_process(both):
+    assert both[2].count("are damaged and are made again") == 1
 
 
 def test_lines_are_logged_by_one_process_only(both):
     _, _, errors = both
-    runs = ("full", "accumulated", "bfd", "lora", "saved", "resumed", "inf", "damaged scores", "after refusals")
+    runs = (
+        "full",
+        "accumulated",
+        "bfd",
+        "lora",
+        "saved",
+        "resumed",
+        "inf",
+        "damaged scores",
+        "damaged scores",
+        "after refusals",
+    )
     runs += ("live", "live, accumulated", "live fraction")
     assert errors.count("STM is on") == len(runs)
 

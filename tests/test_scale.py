@@ -148,7 +148,6 @@ def run(action, folder):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(done.stdout.splitlines()[-1])
-    print(f"{folder.name} rows, {action}: {figures}")
     return figures
 
 
@@ -192,4 +191,4 @@ if __name__ == "__main__":
     figures = ACTIONS[sys.argv[1]](Path(sys.argv[2]))
     if Path("/proc/self/status").exists():
         figures["own_peak_mib"] = own_peak_mib()
-    print(json.dumps(figures))
+    sys.stdout.write(json.dumps(figures) + "\n")

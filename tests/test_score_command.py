@@ -289,7 +289,9 @@ def test_info(entry, capsys):
 def test_whole_scores_are_ok(entry, capsys):
     assert main(["score", "--verify", str(entry)]) == 0
     assert main(["score", f"--verify={entry.parent}"]) == 0
-    assert "ok: " in capsys.readouterr().out
+    assert capsys.readouterr().out.count("whole: True") == 2
+    assert main(["score", "--info", str(entry)]) == 0
+    assert "whole:" not in capsys.readouterr().out
 
 
 def damage_shard(entry):
@@ -315,10 +317,10 @@ def rename(entry):
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (damage_shard, "shard-00000.npy"),
+        (damage_shard, "shard-000000000000.npy"),
         (damage_manifest, "manifest.json"),
-        (drop_shard, "shard-00000.npy"),
-        (rename, "entry of another key"),
+        (drop_shard, "shard-000000000000.npy"),
+        (rename, "its folder should be named"),
     ],
 )
 def test_damage_is_found(damage, named, entry, capsys):

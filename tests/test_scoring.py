@@ -666,20 +666,6 @@ def test_4bit_layers_keep_their_training_flag_while_scoring(load_4bit):
 # Shares and data sets.
 
 
-@pytest.mark.parametrize("num_processes", [2, 3, 50])
-def test_shares_sum_to_the_whole(llama, num_processes):
-    documents = make_documents()
-    plan = ScorePlan.of(documents)
-    whole = score(llama, plan, tokens_per_batch=40, progress=False)
-    shares = [
-        score(llama, plan, tokens_per_batch=40, process_index=i, num_processes=num_processes, progress=False)
-        for i in range(num_processes)
-    ]
-    assert sum(share.any() for share in shares) == min(num_processes, len(plan.batches(40)))
-    assert (np.stack(shares) != 0).sum(axis=0).max() == 1
-    assert np.array_equal(np.sum(shares, axis=0, dtype=np.float32), whole)
-
-
 def test_scores_do_not_depend_on_the_order_of_rows(llama):
     """Bit for bit, because the batches are the same."""
     input_ids, labels = make_rows()

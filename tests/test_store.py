@@ -18,12 +18,25 @@ from stm_plugin.constants import SCORES_FORMAT_VERSION
 from stm_plugin.store import MANIFEST, ScoresError, ScoresKey, ScoreStore, cache_home, default_root
 
 KEY = ScoresKey(model="aa11", quantization="none", dtype="torch.float32", autocast="torch.bfloat16", data="bb22")
-SHARD = "shard-00000.npy"
+SHARD = "shard-000000000000.npy"
 WRONG = r"^The scores in {} cannot be used: {}.* Delete that folder to have them made again, or set stm_scores_dir"
 
 
 def some_scores(size=1000, seed=0):
     return np.random.default_rng(seed).exponential(size=size).astype(np.float32)
+
+
+def write(store, key, scores):
+    """An entry of one shard, made unless it is there."""
+    with store.writing(key, len(scores), tokens_per_batch=4096) as draft:
+        if draft.missing:
+            draft.put(0, scores)
+        draft.finish()
+    return store.path(key)
+
+
+def visible(root):
+    return [path.name for path in root.iterdir() if not path.name.startswith(".")]
 
 
 @pytest.fixture
@@ -34,7 +47,7 @@ def store(tmp_path):
 @pytest.fixture
 def entry(store):
     """A written entry."""
-    return store.write(KEY, some_scores())
+    return write(store, KEY, some_scores())
 
 
 def refused(store, fault="", key=KEY, num_scores=1000):
@@ -46,7 +59,7 @@ def refused(store, fault="", key=KEY, num_scores=1000):
 @pytest.mark.parametrize("size", [0, 1, 7, 1000, 100_003])
 def test_round_trip(store, size):
     scores = some_scores(size)
-    path = store.write(KEY, scores)
+    path = write(store, KEY, scores)
     assert path == store.path(KEY) == store.root / KEY.name
     found = ScoreStore(store.root).read(KEY, size)
     assert found.dtype == np.float32
@@ -57,7 +70,7 @@ def test_round_trip(store, size):
 
 def test_every_float_survives(store):
     scores = np.array([0.0, -0.0, np.inf, np.nan, 1e-45, 3.4e38, 0.1], dtype=np.float32)
-    store.write(KEY, scores)
+    write(store, KEY, scores)
     assert store.read(KEY, 7).tobytes() == scores.tobytes()
 
 
@@ -70,7 +83,7 @@ def test_layout_on_disk(store, entry):
     manifest = json.loads((entry / MANIFEST).read_text())
     assert manifest["key"] == vars(KEY)
     assert manifest["num_scores"] == 1000
-    assert [path.name for path in store.root.iterdir()] == [KEY.name]
+    assert visible(store.root) == [KEY.name]
     assert entry.stat().st_mode & 0o777 == 0o755  # others may read what one of them has made
 
 
@@ -90,15 +103,15 @@ def test_each_part_of_the_key_names_another_folder():
     names = {key.name for key in keys}
     assert len(names) == len(keys)
     assert all(len(name) == 32 and int(name, 16) >= 0 for name in names)
-    assert KEY.name == "d690dec4ee28cd96399d6adc7bbce2b4"  # pinned: another name would lose all that is stored
+    assert KEY.name == "1ac6ce6ead86af25d85bb2f921b6d1b1"  # pinned: another name would lose all that is stored
 
 
 def test_writing_again_keeps_the_first(store, entry):
     before = {path: path.stat().st_mtime_ns for path in entry.iterdir()}
-    assert store.write(KEY, some_scores(seed=1)) == entry
+    assert write(store, KEY, some_scores(seed=1)) == entry
     assert {path: path.stat().st_mtime_ns for path in entry.iterdir()} == before
     assert store.read(KEY, 1000).tobytes() == some_scores().tobytes()
-    assert [path.name for path in store.root.iterdir()] == [KEY.name]
+    assert visible(store.root) == [KEY.name]
 
 
 # Damage.
@@ -123,7 +136,7 @@ def test_bits_of_a_shard_count(store, entry):
         damaged = bytearray(good)
         damaged[position] ^= 1 << rng.randrange(8)
         (entry / SHARD).write_bytes(damaged)
-        refused(store, f"{SHARD} has been altered or cut short")
+        refused(store, f"{SHARD} has been altered, cut short")
     (entry / SHARD).write_bytes(good)
     assert store.read(KEY, 1000).tobytes() == some_scores().tobytes()
 
@@ -144,7 +157,7 @@ def test_truncation_and_growth(store, entry, name):
 
 def test_swapped_scores_are_refused(store, entry):
     """A whole, valid shard of another entry."""
-    other = store.write(replace(KEY, data="other"), some_scores(seed=1))
+    other = write(store, replace(KEY, data="other"), some_scores(seed=1))
     (entry / SHARD).write_bytes((other / SHARD).read_bytes())
     refused(store, f"{SHARD} has been altered")
 
@@ -172,12 +185,25 @@ def test_missing_parts(store, entry):
 
 def forge(entry, change):
     """Change a manifest and give it the checksum that then holds."""
-    from stm_plugin.store import _checksum
+    from stm_plugin.store import _manifest_checksum
 
     manifest = json.loads((entry / MANIFEST).read_text())
     del manifest["checksum"]
     change(manifest)
-    (entry / MANIFEST).write_text(json.dumps(manifest | {"checksum": _checksum(manifest)}))
+    (entry / MANIFEST).write_text(json.dumps(manifest | {"checksum": _manifest_checksum(manifest)}))
+
+
+def forge_shard(entry, content):
+    """A shard with a content, and with the checksums that then hold."""
+    from stm_plugin.store import _shard_checksum
+
+    checksum = _shard_checksum(KEY, 0, content)
+    (entry / SHARD).write_bytes(content + checksum)
+
+    def change(manifest):
+        manifest["shards"][0][2] = checksum.hex()
+
+    forge(entry, change)
 
 
 def test_a_changed_manifest_is_refused(store, entry):
@@ -223,32 +249,19 @@ def test_shards_that_do_not_add_up_are_refused(store, entry):
 )
 def test_a_shard_that_is_no_array_is_refused(store, entry, content):
     """With the checksums to match, so that what reads the array has to tell."""
-    import xxhash
-
-    (entry / SHARD).write_bytes(content)
-
-    def change(manifest):
-        manifest["shards"][0]["xxh3_128"] = xxhash.xxh3_128(content).hexdigest()
-
-    forge(entry, change)
+    forge_shard(entry, content)
     refused(store, SHARD)
 
 
 def test_nothing_is_unpickled(store, entry, tmp_path):
     """A shard that is an object array, with the checksums to match, runs no code and yields no scores."""
-    import xxhash
 
     class Trap:
         def __reduce__(self):
             return Path.touch, (tmp_path / "sprung",)
 
     np.save(entry / SHARD, np.array([Trap()] * 2, dtype=object), allow_pickle=True)
-    content = (entry / SHARD).read_bytes()
-
-    def change(manifest):
-        manifest["shards"][0]["xxh3_128"] = xxhash.xxh3_128(content).hexdigest()
-
-    forge(entry, change)
+    forge_shard(entry, (entry / SHARD).read_bytes())
     with pytest.raises(ScoresError):
         store.read(KEY, 1000)
     assert not (tmp_path / "sprung").exists()
@@ -276,10 +289,10 @@ def no_file_longer_than(num_bytes):
 def test_a_write_that_fails_in_the_middle_leaves_nothing(store, limit, num_scores):
     store.root.mkdir()
     with no_file_longer_than(limit), pytest.raises(ScoresError, match=f"^Scores could not be written to {store.root}"):
-        store.write(KEY, some_scores(num_scores))
-    assert list(store.root.iterdir()) == []
+        write(store, KEY, some_scores(num_scores))
+    assert visible(store.root) == []
     assert store.read(KEY, num_scores) is None
-    store.write(KEY, some_scores(num_scores))
+    write(store, KEY, some_scores(num_scores))
     assert store.read(KEY, num_scores).tobytes() == some_scores(num_scores).tobytes()
 
 
@@ -292,8 +305,8 @@ def test_a_disk_that_is_full_for_the_last_bytes(store, lost):
         no_file_longer_than(128 + 4 * 10_000 - lost),
         pytest.raises(ScoresError, match=r"^Scores could not be written"),
     ):
-        store.write(KEY, scores)
-    assert list(store.root.iterdir()) == []
+        write(store, KEY, scores)
+    assert visible(store.root) == []
 
 
 def test_a_killed_writer_leaves_no_entry(tmp_path):
@@ -305,7 +318,8 @@ def test_a_killed_writer_leaves_no_entry(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
         "key = ScoresKey('aa11', 'none', 'torch.float32', 'torch.bfloat16', 'bb22')\n"
-        "ScoreStore(sys.argv[1]).write(key, np.ones(1000, 'f4'))\n"
+        "with ScoreStore(sys.argv[1]).writing(key, 1000, 4096) as draft:\n"
+        "    draft.put(0, np.ones(1000, 'f4'))\n"
     )
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=root, capture_output=True)
@@ -313,7 +327,7 @@ def test_a_killed_writer_leaves_no_entry(tmp_path):
     store = ScoreStore(tmp_path)
     assert list(tmp_path.iterdir()) != []  # a draft
     assert store.read(KEY, 1000) is None
-    store.write(KEY, some_scores())
+    write(store, KEY, some_scores())
     assert store.read(KEY, 1000).tobytes() == some_scores().tobytes()
 
 
@@ -327,7 +341,7 @@ def test_a_root_that_cannot_be_a_folder(tmp_path):
         with pytest.raises(ScoresError, match=message):
             store.check_writable()
         with pytest.raises(ScoresError, match=message):
-            store.write(KEY, some_scores())
+            write(store, KEY, some_scores())
 
 
 def test_a_read_only_file_system():
@@ -347,7 +361,7 @@ def test_a_file_where_the_entry_belongs(store):
     store.path(KEY).write_text("not a folder")
     refused(store)
     with pytest.raises(ScoresError):
-        store.write(KEY, some_scores())
+        write(store, KEY, some_scores())
 
 
 def test_many_writers_at_once(store):
@@ -355,16 +369,16 @@ def test_many_writers_at_once(store):
     store.check_writable()
     barrier, failures = threading.Barrier(8), []
 
-    def write(seed):
+    def write_one(seed):
         try:
             barrier.wait()
-            path = ScoreStore(store.root).write(KEY, some_scores(20_000, seed))
+            path = write(ScoreStore(store.root), KEY, some_scores(20_000, seed))
             assert path == store.path(KEY)
             assert store.read(KEY, 20_000) is not None
         except Exception as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=write, args=(seed,)) for seed in range(8)]
+    threads = [threading.Thread(target=write_one, args=(seed,)) for seed in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -372,7 +386,7 @@ def test_many_writers_at_once(store):
     assert failures == []
     found = store.read(KEY, 20_000).tobytes()
     assert found in [some_scores(20_000, seed).tobytes() for seed in range(8)]
-    assert [path.name for path in store.root.iterdir()] == [KEY.name]
+    assert visible(store.root) == [KEY.name]
 
 
 def test_writers_in_two_processes(store):
@@ -382,7 +396,12 @@ def test_writers_in_two_processes(store):
         "scores = np.random.default_rng(int(sys.argv[2])).exponential(size=1000).astype(np.float32)\n"
         "sys.stdin.readline()\n"
         "key = ScoresKey('aa11', 'none', 'torch.float32', 'torch.bfloat16', 'bb22')\n"
-        "print(ScoreStore(sys.argv[1]).write(key, scores))\n"
+        "store = ScoreStore(sys.argv[1])\n"
+        "with store.writing(key, 1000, 4096) as draft:\n"
+        "    if draft.missing:\n"
+        "        draft.put(0, scores)\n"
+        "    draft.finish()\n"
+        "print(store.path(key))\n"
     )
     root = Path(__file__).resolve().parents[1]
     writers = [
@@ -402,7 +421,7 @@ def test_writers_in_two_processes(store):
     assert [writer.returncode for writer in writers] == [0, 0]
     assert paths == [str(store.path(KEY))] * 2
     assert store.read(KEY, 1000).tobytes() in [some_scores(seed=seed).tobytes() for seed in (0, 1)]
-    assert [path.name for path in store.root.iterdir()] == [KEY.name]
+    assert visible(store.root) == [KEY.name]
 
 
 # Where.

@@ -253,7 +253,7 @@ def test_equal_rows_are_masked_alike_and_scored_once(tokenizer, make_model, tmp_
     trainer = stm_trainer(make_model(), rows, tokenizer, tmp_path, max_steps=1, stm_threshold=threshold)
     trainer.train()
     assert [list(labels) for labels in trainer.train_dataset["labels"]] == masked_rows(rows, nll, math.log(threshold))
-    (entry,) = (tmp_path / "stm-home" / "scores").iterdir()
+    (entry,) = (tmp_path / "stm-home" / "scores").glob("[!.]*")
     stored = json.loads((entry / "manifest.json").read_text())["num_scores"]
     assert stored == len(scores_of(nll)) - len(scores_of(nll[2:3]))
 

@@ -227,32 +227,41 @@ def test_scores_folder_that_cannot_be_written(way, tokenizer, make_model, chats,
 
 def _entry(tokenizer, make_model, chats, tmp_path):
     stm_trainer(make_model(), chats, tokenizer, tmp_path / "first", stm_threshold=1500.0, max_steps=1).train()
-    (entry,) = (tmp_path / "stm-home" / "scores").iterdir()
+    (entry,) = (tmp_path / "stm-home" / "scores").glob("[!.]*")
     return entry
 
 
 def _rewrite(entry, change):
     """Change the manifest, with its checksum made right again."""
-    from stm_plugin.store import _checksum
+    from stm_plugin.store import _manifest_checksum
 
     content = json.loads((entry / "manifest.json").read_text())
     content.pop("checksum")
     change(content)
-    (entry / "manifest.json").write_text(json.dumps(content | {"checksum": _checksum(content)}))
+    (entry / "manifest.json").write_text(json.dumps(content | {"checksum": _manifest_checksum(content)}))
+
+
+MANIFEST_ALONE = (
+    "no manifest",
+    "half a manifest",
+    "another number in the manifest",
+    "no JSON object",
+    "another format",
+)
 
 
 def _damage(kind, entry):
-    manifest, shard = entry / "manifest.json", entry / "shard-00000.npy"
+    manifest, shard = entry / "manifest.json", next(entry.glob("shard-*.npy"))
     content = bytearray(shard.read_bytes())
     if kind == "a bit of a score":
         content[-3] ^= 1
         shard.write_bytes(content)
     elif kind == "other scores with their checksum":
-        from stm_plugin.store import _file_hash
+        from stm_plugin.store import ScoresKey, _shard_checksum
 
-        content[-3] ^= 1
-        manifest.write_text(manifest.read_text().replace(_file_hash(shard.read_bytes()), _file_hash(bytes(content))))
-        shard.write_bytes(content)
+        key = ScoresKey(**json.loads(manifest.read_text())["key"])
+        content[130] ^= 1
+        shard.write_bytes(content[:-16] + _shard_checksum(key, 0, bytes(content[:-16])))
     elif kind == "a shard cut short":
         shard.write_bytes(content[:-4])
     elif kind == "no shard":
@@ -276,10 +285,7 @@ def _damage(kind, entry):
     elif kind == "another format":
         _rewrite(entry, lambda content: content["key"].update(format_version=99))
     elif kind == "a shard of elsewhere":
-        _rewrite(entry, lambda content: content["shards"][0].update(file="../elsewhere.npy"))
-    elif kind == "a file in its place":
-        shutil.rmtree(entry)
-        entry.write_text("")
+        _rewrite(entry, lambda content: content["shards"][0].__setitem__(0, 1))
 
 
 @pytest.mark.parametrize(
@@ -299,21 +305,28 @@ def _damage(kind, entry):
         "too few scores",
         "another format",
         "a shard of elsewhere",
-        "a file in its place",
     ],
 )
-def test_damaged_scores_are_refused(kind, tokenizer, make_model, chats, tmp_path):
+def test_damaged_scores_are_named_and_made_again(kind, tokenizer, make_model, chats, tmp_path, caplog):
     entry = _entry(tokenizer, make_model, chats, tmp_path)
+    before = {file.name: file.read_bytes() for file in entry.iterdir()}
     _damage(kind, entry)
-    message = _refused("cannot be used", make_model(), chats, tokenizer, tmp_path / "second")
-    assert str(entry) in message
-    assert "Delete that folder" in message
-    assert not (tmp_path / "second" / "stm.json").exists()
-    entry.unlink() if entry.is_file() else shutil.rmtree(entry)
-    trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path / "third", stm_threshold=1500.0, max_steps=1)
-    trainer.train()
-    receipts = [json.loads((tmp_path / name / "stm.json").read_text()) for name in ("first", "third")]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        stm_trainer(make_model(), chats, tokenizer, tmp_path / "second", stm_threshold=1500.0, max_steps=1).train()
+    assert f"The scores in {entry} are damaged and are made again: " in caplog.text
+    assert "Scores: made in " in caplog.text or kind in MANIFEST_ALONE
+    assert {file.name: file.read_bytes() for file in entry.iterdir()} == before
+    receipts = [json.loads((tmp_path / name / "stm.json").read_text()) for name in ("first", "second")]
     assert receipts[0]["mask_digest"] == receipts[1]["mask_digest"]
+
+
+def test_a_file_in_the_place_of_an_entry(tokenizer, make_model, chats, tmp_path):
+    entry = _entry(tokenizer, make_model, chats, tmp_path)
+    shutil.rmtree(entry)
+    entry.write_text("")
+    assert str(entry) in _refused("could not be written", make_model(), chats, tokenizer, tmp_path / "second")
+    assert not (tmp_path / "second" / "stm.json").exists()
 
 
 def test_drafts_of_killed_runs_are_in_nobodys_way(tokenizer, make_model, chats, tmp_path):
@@ -441,8 +454,6 @@ def test_virtual_tokens(config, tokenizer, make_model, chats, tmp_path):
         ("cp_enabled", "context parallelism"),
         ("sp_enabled", "sequence parallelism"),
         ("tp_enabled", "tensor parallelism"),
-        ("is_fsdp_enabled", "FSDP"),
-        ("is_deepspeed_enabled", "DeepSpeed"),
         ("n_gpu", "nn.DataParallel"),
     ],
 )
@@ -460,7 +471,7 @@ def test_parallelism(switch, named, tokenizer, make_model, chats, tmp_path, monk
         monkeypatch.setattr(trainer, switch, True)
     with pytest.raises(ValueError, match=f"STM cannot yet score exactly under .*{named}") as caught:
         trainer._stm_check_supported(STMOptions())
-    assert "one process, or DDP" in str(caught.value)
+    assert "one process, DDP or DeepSpeed" in str(caught.value)
 
 
 def test_model_without_a_backbone(tokenizer, make_model, chats, tmp_path):

@@ -152,7 +152,7 @@ def test_scores_dir_is_where_scores_go(tokenizer, make_model, chats, tmp_path):
     trainer, _ = _run(
         make_model(), chats, tokenizer, tmp_path / "one", stm_threshold=1500.0, stm_scores_dir=str(folder), max_steps=1
     )
-    assert [entry.name for entry in folder.iterdir()] == [trainer._stm_run.key.name]
+    assert [entry.name for entry in folder.glob("[!.]*")] == [trainer._stm_run.key.name]
     assert not (tmp_path / "stm-home" / "scores").exists()
     _, scored = _run(make_model(), chats, tokenizer, tmp_path / "two", stm_threshold=1500.0, max_steps=1)
     assert scored > 0
@@ -293,7 +293,7 @@ def test_search_trials_share_scores(nll, plain, tokenizer, make_model, chats, tm
         assert _labels(trainer) == masked_rows(plain, nll, math.log(threshold))
         losses.append(trainer.losses[-4:])
     assert losses[0] == losses[2] != losses[1]
-    assert len(list((tmp_path / "stm-home" / "scores").iterdir())) == 1
+    assert len(list((tmp_path / "stm-home" / "scores").glob("[!.]*"))) == 1
 
 
 def test_search_trial_with_another_model_uses_its_own_scores(plain, tokenizer, make_model, chats, tmp_path):
@@ -445,7 +445,7 @@ def test_resuming_with_the_checkpoints_own_weights(kind, tokenizer, make_model, 
         _resume(kind, checkpoint, tokenizer, make_model, chats, tmp_path, model, {})
     assert "build the trainer with the model that the run started from" in str(error.value)
     assert same_bits(before, weights(model))
-    assert not list((tmp_path / "stm-home" / "scores").iterdir())
+    assert not list((tmp_path / "stm-home" / "scores").glob("[!.]*"))
 
 
 @pytest.mark.parametrize(
