@@ -149,7 +149,7 @@ class Scorer:
             NLL in nats of each batch's label tokens, in the plan's order, float32.
         """
         scores = []
-        with torch.no_grad(), eval_mode(self.model), self.autocast():
+        with torch.no_grad(), eval_mode(self.model):
             if self.agree is None:
                 for batch in batches:
                     scores.append(self._score_within_memory(batch))
@@ -157,7 +157,7 @@ class Scorer:
                 return scores
             num_slices = self.agree([self._num_slices(batch) for batch in batches])
             for batch, slices in zip_longest(batches, num_slices):
-                scores.append(_score_batch(self.model, self.plan, batch or range(0), slices))
+                scores.append(_score_batch(self.model, self.plan, self.autocast, batch or range(0), slices))
                 advance(self.plan.num_tokens([batch]) if batch else 0)
         return scores[: len(batches)]
 
@@ -167,7 +167,7 @@ class Scorer:
         scores = []
         for part in parts:
             try:
-                scores.append(_score_batch(self.model, self.plan, part))
+                scores.append(_score_batch(self.model, self.plan, self.autocast, part))
                 continue
             except torch.OutOfMemoryError:
                 if len(part) == 1:
@@ -298,7 +298,9 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _score_batch(model: PreTrainedModel, plan: ScorePlan, batch: range, num_slices: int = 0) -> np.ndarray:
+def _score_batch(
+    model: PreTrainedModel, plan: ScorePlan, autocast: Autocast, batch: range, num_slices: int | None = None
+) -> np.ndarray:
     """Scores of a run of planned documents, in order; of none, one token passes the backbone and no score comes."""
     documents = plan.documents
     lengths = plan.lengths[batch.start : batch.stop]
@@ -314,12 +316,29 @@ def _score_batch(model: PreTrainedModel, plan: ScorePlan, batch: range, num_slic
         labels.append(documents.labels[start + positions])
     lm = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
-    hidden_states = lm.base_model(input_ids=torch.from_numpy(input_ids).to(device), use_cache=False)[0]
+    with autocast():  # at its end the copies that it made of weights are freed
+        hidden_states = lm.base_model(input_ids=torch.from_numpy(input_ids).to(device), use_cache=False)[0]
     index = torch.from_numpy(np.concatenate(predicting)).to(hidden_states.device)
     hidden_states = hidden_states.flatten(0, 1).index_select(0, index)
     label_ids = torch.from_numpy(np.concatenate(labels).astype(np.int64))
-    nll = token_nll(lm, hidden_states, label_ids.to(hidden_states.device), num_slices)
+    # A head whose weight is shared out among processes is not to be touched.
+    with autocast(), _head_cast_once(lm) if num_slices is None else nullcontext():
+        nll = token_nll(lm, hidden_states, label_ids.to(hidden_states.device), num_slices or 0)
     return nll.cpu().numpy()  # the only wait for the device
+
+
+@contextmanager
+def _head_cast_once(lm: PreTrainedModel) -> Iterator[None]:
+    """Let autocast keep its copy of the head's weight from slice to slice, as it keeps those of trainable weights."""
+    weight = getattr(lm.get_output_embeddings(), "weight", None)
+    if not isinstance(weight, torch.nn.Parameter) or not weight.is_floating_point() or weight.requires_grad:
+        yield
+        return
+    weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        weight.requires_grad_(False)
 
 
 class _BackboneOutput(MoeModelOutputWithPast):

@@ -1,14 +1,15 @@
-"""Time and memory of STM beside plain SFT, and throughput of scoring beside its floor; prints a table, writes JSON.
+"""Time and memory of STM beside plain SFT, and of scoring beside its floor; prints a table, writes JSON.
 
-Needs the `demo` extra. `nox -s benchmark` runs it in an environment of its own. Figures are medians of pairs whose
-two sides take turns, so that a machine whose speed drifts does both the same. Machine, versions and commit go into the
-JSON.
+On SmolLM2 and Gemma 3 270M, in float32 and bfloat16, on the GPU if there is one. Needs the `demo` extra;
+`nox -s benchmark` runs it in an environment of its own. Figures are medians of rounds in which the sides take turns,
+so that a machine whose speed drifts does all of them the same. Machine, versions and commit go into the JSON.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import statistics
@@ -16,14 +17,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from importlib.metadata import Distribution, version
 from pathlib import Path
+from typing import NamedTuple
+
+import benchmark_scoring
+from benchmark_scoring import MAX_LENGTH, model_and_data
 
 STEPS = 12
 SKIPPED_STEPS = 2
 MEMORY_STEPS = 4
-ROWS = 20
-MAX_LENGTH = 512
+MODELS = ("smollm2", "gemma3")
+DTYPES = ("float32", "bfloat16")
+RATIOS = ("step_seconds_ratio", "peak_mib_ratio")
+SIDES = {"trl": ("SFT", "STM", "current"), "axolotl": ("SFT", "STM")}
+"""`STM` is `stm_reference: initial`, `current` is `stm_reference: current`."""
 
 
 def main() -> None:
@@ -33,18 +42,45 @@ def main() -> None:
     parser.add_argument(
         "--host", choices=["trl", "axolotl"], default="trl", help="whose trainer is timed (default: %(default)s)"
     )
-    parser.add_argument("--side", choices=["SFT", "STM"], help=argparse.SUPPRESS)
+    for name, allowed in (("models", MODELS), ("dtypes", DTYPES), ("parts", ("start", "training", "scoring"))):
+        parser.add_argument(f"--{name}", nargs="+", choices=allowed, default=allowed, help="default: all")
+    parser.add_argument("--training-models", nargs="+", choices=MODELS, default=["smollm2"], help="default: smollm2")
+    parser.add_argument("--rows", type=int, default=20, help="rows of data (default: %(default)s)")
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--scores", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        train_side(args.host, args.side, args.steps, args.scores)
+        train_side(args)
         return
-    results = {"machine": machine(), "start": compare_start(), "training": compare_training(args.host, args.pairs)}
-    if args.host == "trl":
-        results["scoring"] = compare_scoring(args.pairs)
+    results: dict = {"machine": machine()}
+    if "start" in args.parts:
+        results["start"] = compare_start()
+    if "scoring" in args.parts and args.host == "trl":
+        results["scoring"] = {
+            f"{model}, {dtype}": compare_scoring(model, dtype, args.rows, args.pairs)
+            for model in args.models
+            for dtype in args.dtypes
+        }
+    if "training" in args.parts:
+        results["training"] = {
+            f"{model}, {dtype}": compare_training(Run(args.host, model, dtype, args.rows), args.pairs)
+            for model in (args.training_models if args.host == "trl" else ["smollm2"])
+            for dtype in (args.dtypes if args.host == "trl" else ["float32"])
+        }
     args.output.write_text(json.dumps(results, indent=2) + "\n")
-    print_table(results)
+    print("\n".join(table(results)))
+
+
+class Run(NamedTuple):
+    """What is trained."""
+
+    host: str
+    model: str
+    dtype: str
+    num_rows: int
 
 
 def compare_start(pairs: int = 40) -> dict:
@@ -61,35 +97,39 @@ def compare_start(pairs: int = 40) -> dict:
     return medians | {"difference": medians["with"] - medians["without"]}
 
 
-def compare_training(host: str, pairs: int) -> dict:
-    """Step time and peak memory of STM over those of SFT.
+def compare_training(run: Run, pairs: int) -> dict:
+    """Step time and peak memory of each side over those of SFT.
 
-    Time: both sides train at once, each in a process of its own, and take turns step by step on the same rows. Memory:
+    Time: all sides train at once, each in a process of its own, and take turns step by step on the same rows. Memory:
     runs of their own whose allocator gives every freed tensor back, or else the peak tells of its luck with holes.
     """
-    seconds: dict[str, list[float]] = {"SFT": [], "STM": []}
-    peaks: dict[str, list[float]] = {"SFT": [], "STM": []}
+    sides = SIDES[run.host]
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    peaks: dict[str, list[float]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as scores:
         for _ in range(pairs):
-            for side, steps in take_turns(host, scores).items():
+            for side, steps in take_turns(run, scores).items():
                 seconds[side] += steps
         shutil.rmtree(scores)
-        for side in peaks:
+        for side in sides:
             for _ in range(pairs):  # the first of STM scores too
-                process = start_side(host, side, scores, MEMORY_STEPS, MALLOC_MMAP_THRESHOLD_=str(64 * 1024))
+                process = start_side(run, side, scores, MEMORY_STEPS, MALLOC_MMAP_THRESHOLD_=str(64 * 1024))
                 peaks[side].append(json.loads(process.communicate("\n" * MEMORY_STEPS)[0].splitlines()[-1]))
-    ratios = [stm / sft for sft, stm in zip(seconds["SFT"], seconds["STM"], strict=True)]
+
+    def over_sft(side: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[side], seconds["SFT"], strict=True))
+
     return {
         "step_seconds": seconds,
-        "step_seconds_ratio": statistics.median(ratios),
         "peak_mib": peaks,
-        "peak_mib_ratio": max(peaks["STM"]) / statistics.median(peaks["SFT"]),
+        "step_seconds_ratio": {side: over_sft(side) for side in sides[1:]},
+        "peak_mib_ratio": {side: max(peaks[side]) / statistics.median(peaks["SFT"]) for side in sides[1:]},
     }
 
 
-def take_turns(host: str, scores: str) -> dict[str, list[float]]:
-    """Seconds of each step of both sides, from the word to begin until its end."""
-    sides = {side: start_side(host, side, scores, STEPS) for side in ("SFT", "STM")}
+def take_turns(run: Run, scores: str) -> dict[str, list[float]]:
+    """Seconds of each step of every side, from the word to begin until its end."""
+    sides = {side: start_side(run, side, scores, STEPS) for side in SIDES[run.host]}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for side in sides.values():
         side.stdout.readline()  # ready
@@ -107,15 +147,20 @@ def take_turns(host: str, scores: str) -> dict[str, list[float]]:
     return seconds
 
 
-def start_side(host: str, side: str, scores: str, steps: int, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--host", host, "--side", side, "--steps", str(steps), "--scores", scores]
+def start_side(run: Run, side: str, scores: str, steps: int, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--host", run.host, "--model", run.model, "--dtype", run.dtype]
+    command += ["--rows", str(run.num_rows)]
     return subprocess.Popen(
-        command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, "--side", side, "--steps", str(steps), "--scores", scores],
+        env=os.environ | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
-def train_side(host: str, side: str, steps: int, scores: str) -> None:
-    """Train SmolLM2 with LoRA, each step at a line of the input; a line when a step ends, the peak in MiB at last."""
+def train_side(args: argparse.Namespace) -> None:
+    """Train with LoRA, each step at a line of the input; a line when a step ends, the peak in MiB at last."""
     answers = os.dup(1)
     os.dup2(2, 1)  # what the libraries print is no answer
     import torch
@@ -129,38 +174,44 @@ def train_side(host: str, side: str, steps: int, scores: str) -> None:
             answer("ready")
             sys.stdin.readline()
 
-        def on_step_end(self, args, state, *others, **kwargs) -> None:
+        def on_step_end(self, training_args, state, *others, **kwargs) -> None:
             answer(state.global_step)
-            if state.global_step < steps:
+            if state.global_step < args.steps:
                 sys.stdin.readline()
 
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as output_dir:
-        make = {"trl": trl_trainer, "axolotl": axolotl_trainer}[host]
-        trainer = make(side == "STM", steps, scores, output_dir)
+        make = {"trl": trl_trainer, "axolotl": axolotl_trainer}[args.host]
+        trainer = make(args, output_dir)
         torch.set_num_threads(os.cpu_count() or 1)  # a host may have changed it
         trainer.add_callback(TakeTurns())
         trainer.train()
-    answer(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if torch.cuda.is_available():
+        answer(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        answer(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def trl_trainer(stm: bool, steps: int, scores: str, output_dir: str):
+def trl_trainer(args: argparse.Namespace, output_dir: str):
+    import torch
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     from stm_plugin import STMSFTConfig, STMSFTTrainer
 
-    model, data = model_and_data()
-    trainer_class, config_class, more = (SFTTrainer, SFTConfig, {})
-    if stm:
-        trainer_class, config_class, more = STMSFTTrainer, STMSFTConfig, {"stm_scores_dir": scores}
+    model, data = model_and_data(args.model, args.rows)
+    trainer_class, config_class, more = SFTTrainer, SFTConfig, {}
+    if args.side != "SFT":
+        trainer_class, config_class = STMSFTTrainer, STMSFTConfig
+        more = {"stm_scores_dir": args.scores} if args.side == "STM" else {"stm_reference": "current"}
     config = config_class(
         output_dir=output_dir,
-        max_steps=steps,
+        max_steps=args.steps,
         per_device_train_batch_size=2,
         max_length=MAX_LENGTH,
         bf16=False,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
+        model_init_kwargs={"dtype": args.dtype},
         gradient_checkpointing=False,
         report_to=[],
         save_strategy="no",
@@ -171,10 +222,10 @@ def trl_trainer(stm: bool, steps: int, scores: str, output_dir: str):
     return trainer_class(str(model), config, train_dataset=data, peft_config=lora)
 
 
-def axolotl_trainer(stm: bool, steps: int, scores: str, output_dir: str):
+def axolotl_trainer(args: argparse.Namespace, output_dir: str):
     from axolotl_helpers import ON_A_CPU, build  # before Axolotl: it turns telemetry off
 
-    model, data = model_and_data()
+    model, data = model_and_data("smollm2", args.rows)
     chats = Path(output_dir) / "chats.jsonl"
     chats.write_text("\n".join(json.dumps({"messages": row["prompt"] + row["completion"]}) for row in data))
     config = ON_A_CPU | {
@@ -186,7 +237,7 @@ def axolotl_trainer(stm: bool, steps: int, scores: str, output_dir: str):
         "sequence_len": MAX_LENGTH,
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 1,
-        "max_steps": steps,
+        "max_steps": args.steps,
         "num_epochs": 2,
         "learning_rate": 2e-4,
         "save_strategy": "no",
@@ -196,84 +247,29 @@ def axolotl_trainer(stm: bool, steps: int, scores: str, output_dir: str):
         "lora_dropout": 0.05,
         "lora_target_linear": True,
     }
-    return build(config | ({"plugins": "stm", "stm_scores_dir": scores} if stm else {}))
+    return build(config | ({"plugins": "stm", "stm_scores_dir": args.scores} if args.side == "STM" else {}))
 
 
-def compare_scoring(pairs: int) -> dict:
-    """Tokens a second of scoring, and of its floor: backbone forward and one head product on the same batches."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from stm_plugin.documents import Documents
-    from stm_plugin.options import STMOptions
-    from stm_plugin.plan import ScorePlan
-    from stm_plugin.scoring import score
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    folder, data = model_and_data()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [tokenized(tokenizer, row) for row in data]
-    plan = ScorePlan.of(Documents.from_rows(*(list(column) for column in zip(*rows, strict=True))))
-    budget = STMOptions.stm_tokens_per_batch
-    num_tokens = int(plan.lengths.sum())
-    results = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        seconds: dict[str, list[float]] = {"floor": [], "scoring": []}
-        for pair in range(pairs + 1):
-            for side in ("floor", "scoring") if pair % 2 == 0 else ("scoring", "floor"):
-                started = time.perf_counter()
-                if side == "floor":
-                    run_floor(model, plan, budget)
-                else:
-                    score(model, plan, tokens_per_batch=budget, progress=False)
-                if pair:  # the first pair warms up
-                    seconds[side].append(time.perf_counter() - started)
-        shares = [floor / ours for floor, ours in zip(seconds["floor"], seconds["scoring"], strict=True)]
-        results[str(dtype).removeprefix("torch.")] = {
-            "tokens": num_tokens,
-            "label_tokens": plan.num_scores,
-            "tokens_per_second": {side: num_tokens / statistics.median(times) for side, times in seconds.items()},
-            "share_of_floor": statistics.median(shares),
-            "shares": shares,
-        }
+def compare_scoring(model: str, dtype: str, num_rows: int, pairs: int) -> dict:
+    """Rates of scoring, its floor and the paper's loop, and how much memory scoring takes over the bare backbone."""
+    results = benchmark_scoring.measure(model, dtype, num_rows, pairs)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
+    for side in ("backbone", "scoring"):
+        command = [sys.executable, benchmark_scoring.__file__, model, dtype, str(num_rows), side]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        results[f"peak_mib_{side}"] = json.loads(done.stdout.splitlines()[-1])
     return results
 
 
-def run_floor(model, plan, tokens_per_batch: int) -> None:
-    """The least that scoring has to compute."""
-    import numpy as np
+def device() -> str:
+    """The GPU's name, or the CPU's."""
     import torch
 
-    documents = plan.documents
-    with torch.no_grad():
-        for batch in plan.batches(tokens_per_batch):
-            lengths = plan.lengths[batch.start : batch.stop]
-            input_ids = np.zeros((len(batch), int(lengths.max())), dtype=np.int64)
-            predicting = []
-            for row, (member, length) in enumerate(zip(plan.members[batch.start : batch.stop], lengths, strict=True)):
-                start = documents.document_offsets[member]
-                input_ids[row, :length] = documents.input_ids[start : start + length]
-                positions = np.flatnonzero(documents.label_mask[start : start + length + 1])
-                predicting.append(row * input_ids.shape[1] + positions - 1)
-            hidden = model.base_model(input_ids=torch.from_numpy(input_ids), use_cache=False)[0].flatten(0, 1)
-            hidden[torch.from_numpy(np.concatenate(predicting))] @ model.get_output_embeddings().weight.T
-
-
-def model_and_data():
-    """SmolLM2-135M-Instruct and chats about the standard library's functions."""
-    from datasets import Dataset
-
-    from stm_plugin.demo.data import training_chats
-    from stm_plugin.demo.model import find_model
-
-    return find_model().path, Dataset.from_list(training_chats(ROWS, seed=0))
-
-
-def tokenized(tokenizer, row) -> tuple[list[int], list[int]]:
-    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
-    ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"][:MAX_LENGTH]
-    return ids, [-100] * len(prompt) + ids[len(prompt) :]
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    about = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", about.read_text()) if about.exists() else []
+    return names[0] if names else platform.machine()
 
 
 def machine() -> dict:
@@ -284,24 +280,48 @@ def machine() -> dict:
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
         "processor": processor,
+        "device": device(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages if list(Distribution.discover(name=name))},
         "commit": commit.stdout.strip() or None,
     }
 
 
-def print_table(results: dict) -> None:
-    start = results["start"]
-    print(f"start of python -c pass: {start['without']:.1f} ms, with the hook {start['difference']:+.2f} ms")
-    training = results["training"]
-    print(f"STM / SFT, {len(training['step_seconds']['STM'])} pairs of steps")
-    for name, unit in (("step_seconds", "s a step"), ("peak_mib", "MiB peak")):
-        sides = [statistics.median(training[name][side]) for side in ("SFT", "STM")]
-        print(f"  {sides[0]:9.3f} and {sides[1]:9.3f} {unit:9}  ratio {training[f'{name}_ratio']:.3f}")
-    for dtype, row in results.get("scoring", {}).items():
+def table(results: dict) -> Iterable[str]:
+    """The results as two tables in Markdown."""
+    facts = results["machine"]
+    yield f"{facts['date']}, {facts['device']}, {facts['cores']} cores, commit {facts['commit']}, {facts['versions']}"
+    if "start" in results:
+        start = results["start"]
+        yield f"start of python -c pass: {start['without']:.1f} ms, with the hook {start['difference']:+.2f} ms"
+    if "scoring" in results:
+        yield ""
+        yield (
+            "| scoring | tokens/s | floor | share of the floor | softmax | the paper's loop | times it | NLL within "
+            "| MiB over the backbone |"
+        )
+        yield "| --- " * 9 + "|"
+    for name, row in results.get("scoring", {}).items():
         rates = row["tokens_per_second"]
-        print(f"scoring, {dtype}: {rates['scoring']:.0f} tokens/s, floor {rates['floor']:.0f}, share", end=" ")
-        print(f"{row['share_of_floor']:.3f}")
+        yield (
+            f"| {name} | {rates['scoring']:,.0f} | {rates['floor']:,.0f} | {row['share_of_floor']:.3f} "
+            f"| {row['softmax_share_of_scoring']:.1%} | {rates['paper']:,.0f} | {row['times_the_papers_loop']:.2f} "
+            f"| {row['largest_nll_difference']:.1e} | {row['peak_mib_scoring'] - row['peak_mib_backbone']:+,.0f} |"
+        )
+        if "limit_tokens_per_second" in row:
+            limit = row["limit_tokens_per_second"]
+            yield f"{name}: {rates['scoring'] / limit:.1%} of the arithmetic limit, {limit:,.0f} tokens/s"
+    if "training" in results:
+        yield ""
+        yield "| training | seconds a step | over SFT | peak MiB | over SFT |"
+        yield "| --- " * 5 + "|"
+    for name, row in results.get("training", {}).items():
+        for side, steps in row["step_seconds"].items():
+            ratios = [f"{row[ratio][side]:.3f}" if side != "SFT" else "" for ratio in RATIOS]
+            yield (
+                f"| {name}, {side} | {statistics.median(steps):.3f} | {ratios[0]} "
+                f"| {statistics.median(row['peak_mib'][side]):,.0f} | {ratios[1]} |"
+            )
 
 
 if __name__ == "__main__":

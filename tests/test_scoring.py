@@ -455,6 +455,31 @@ def test_logits_are_sliced_and_never_made_for_other_positions(monkeypatch, llama
     assert np.abs(ours - truth).max() < 1e-4
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_autocast_copies_the_head_once_a_batch(monkeypatch, llama, head_rows, trained):
+    """Not once a slice, as it does of its own with a frozen weight; and the weight stays as it was."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() == weight.data_ptr():
+                copies.append(kwargs["dtype"])
+            return function(*args, **(kwargs or {}))
+
+    copies = []
+    model = copy.deepcopy(llama).requires_grad_(trained)
+    weight = model.get_output_embeddings().weight
+    monkeypatch.setattr(scoring, "LOGITS_PER_SLICE", 3 * VOCAB_SIZE)
+    documents = make_documents(share=0.4)
+    rows = head_rows(model)
+    with Copies():
+        our_nll(model, documents, 24, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    num_batches = len(ScorePlan.of(documents).batches(24))
+    assert copies == [torch.bfloat16] * num_batches
+    assert len(rows) > num_batches > 1
+    assert weight.requires_grad == trained
+
+
 def test_a_vocabulary_beyond_the_budget_still_goes_row_by_row(monkeypatch, llama, head_rows):
     monkeypatch.setattr(scoring, "LOGITS_PER_SLICE", VOCAB_SIZE - 1)
     rows = head_rows(llama)

