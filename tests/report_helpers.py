@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import numpy as np
+from store_helpers import write
 
 from stm_plugin.document_store import KeptDocuments
 from stm_plugin.documents import Documents
@@ -82,7 +83,7 @@ def stored(rows=None, seed=1, **keywords):
     scores = random_scores(plan.num_scores, seed)
     key = ScoresKey("m" * 32, "none", "torch.float32", "none", plan.fingerprint)
     kept.write(plan)
-    return ScoredData(kept, plan.spread(scores), key), ScoreStore().write(key, scores)
+    return ScoredData(kept, plan.spread(scores), key), write(ScoreStore(), key, scores)
 
 
 def nll_rows(data):

@@ -39,7 +39,7 @@ def test_scoring_ahead_leaves_a_report_too(make_config, tmp_path):
     done = axolotl("stm-score", path, cwd=tmp_path)
     assert "quantiles of their perplexity" in done.stdout
     assert (tmp_path / "out" / "stm_report.html").exists()
-    (entry,) = (tmp_path / "stm-home" / "scores").iterdir()
+    (entry,) = (tmp_path / "stm-home" / "scores").glob("[!.]*")
     assert read_scored(entry).kept.name == "chats"
 
 

@@ -158,8 +158,9 @@ def test_shares_are_those_of_full_float64_logits(workplace, tokenizer, make_mode
     nll = scores_of(oracle_nll(plain, logits_of=lambda ids: float64_logits(model, ids)))
     sweep = stm_score()["sweep"]
     assert sweep["label_tokens"] == len(nll)
-    assert sweep["masked"]["1000.0"] == pytest.approx((nll > math.log(1000)).mean(), abs=1e-9)
-    assert 0.1 < sweep["masked"]["1000.0"] < 0.9
+    (row,) = [row for row in sweep["thresholds"] if row["threshold"] == 1000]
+    assert row["masked_fraction"] == pytest.approx((nll > math.log(1000)).mean(), abs=1e-9)
+    assert 0.1 < row["masked_fraction"] < 0.9
 
 
 def test_the_threshold_asked_for_is_in_the_table(workplace, capsys):

@@ -245,7 +245,7 @@ def test_scores_made_now(tokenizer, make_model, chats, tmp_path, capsys, monkeyp
     flags = "--model_name_or_path model --dataset_name chats.jsonl --output_dir out --use_cpu true --bf16 false"
     assert main(["sweep", "--json", "--stm_keep_stop_tokens", *flags.split(), "--report_to", "none"]) == 0
     made = json.loads(capsys.readouterr().out)
-    (entry,) = (Path(os.environ["STM_HOME"]) / "scores").iterdir()
+    (entry,) = (Path(os.environ["STM_HOME"]) / "scores").glob("[!.]*")
     assert main(["sweep", "--json", "--stm_keep_stop_tokens", str(entry)]) == 0
     assert json.loads(capsys.readouterr().out) == made
     data = read_scored(entry)

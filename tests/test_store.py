@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from store_helpers import write
 
 from stm_plugin.constants import SCORES_FORMAT_VERSION
 from stm_plugin.store import MANIFEST, ScoresError, ScoresKey, ScoreStore, cache_home, default_root
@@ -24,15 +25,6 @@ WRONG = r"^The scores in {} cannot be used: {}.* Delete that folder to have them
 
 def some_scores(size=1000, seed=0):
     return np.random.default_rng(seed).exponential(size=size).astype(np.float32)
-
-
-def write(store, key, scores):
-    """An entry of one shard, made unless it is there."""
-    with store.writing(key, len(scores), tokens_per_batch=4096) as draft:
-        if draft.missing:
-            draft.put(0, scores)
-        draft.finish()
-    return store.path(key)
 
 
 def visible(root):
