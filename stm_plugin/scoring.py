@@ -32,8 +32,11 @@ logger = logging.getLogger(__name__)
 Autocast = Callable[[], AbstractContextManager[Any]]
 Agree = Callable[[list[int]], list[int]]
 
-LOGITS_PER_SLICE = 2**23
-"""Most logits that exist at a time: 32 MiB in float32, whatever the vocabulary and the batch."""
+LOGITS_PER_SLICE = 2**24
+"""Most logits that exist at a time: 64 MiB in float32, whatever the vocabulary and the batch."""
+
+LOGITS_PER_SOFTMAX = 2**20
+"""Most logits that a CPU takes through the softmax at a time: what its caches and allocator hold on to."""
 
 
 def score_dataset(
@@ -205,9 +208,12 @@ def token_nll(
     for start in range(0, len(labels), size):
         logits = _head_logits(model, hidden_states[start : start + size])
         some_labels = labels[start : start + size].to(logits.device)
-        # log_softmax over `(n, V)`, gathered at the labels
-        nll.append(F.cross_entropy(logits.float(), some_labels, reduction="none").to(hidden_states.device))
-    for _ in range(len(nll) - 1, num_slices):
+        rows = size if logits.is_cuda else max(1, LOGITS_PER_SOFTMAX // logits.shape[-1])
+        for part, part_labels in zip(logits.split(rows), some_labels.split(rows), strict=True):
+            # log_softmax over `(n, V)`, gathered at the labels
+            part_nll = F.cross_entropy(part.float(), part_labels, reduction="none")
+            nll.append(part_nll.to(hidden_states.device))
+    for _ in range(-(-len(labels) // size), num_slices):
         _head_logits(model, hidden_states.new_zeros(1, hidden_states.shape[-1]))
     return torch.cat(nll)
 

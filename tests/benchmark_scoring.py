@@ -215,10 +215,10 @@ def run_softmax(model, plan) -> None:
     import torch
     import torch.nn.functional as F
 
-    from stm_plugin.scoring import LOGITS_PER_SLICE
+    from stm_plugin.scoring import LOGITS_PER_SLICE, LOGITS_PER_SOFTMAX
 
     vocab_size = model.config.get_text_config().vocab_size
-    size = max(1, LOGITS_PER_SLICE // vocab_size)
+    size = max(1, (LOGITS_PER_SLICE if torch.cuda.is_available() else LOGITS_PER_SOFTMAX) // vocab_size)
     logits = torch.randn(size, vocab_size, device=model.device).to(model.dtype)
     labels = torch.zeros(size, dtype=torch.long, device=model.device)
     for _ in range(-(-plan.num_scores // size)):
