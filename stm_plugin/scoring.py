@@ -208,7 +208,7 @@ def token_nll(
     for start in range(0, len(labels), size):
         logits = _head_logits(model, hidden_states[start : start + size])
         some_labels = labels[start : start + size].to(logits.device)
-        rows = size if logits.is_cuda else max(1, LOGITS_PER_SOFTMAX // logits.shape[-1])
+        rows = size if logits.device.type != "cpu" else max(1, LOGITS_PER_SOFTMAX // logits.shape[-1])
         for part, part_labels in zip(logits.split(rows), some_labels.split(rows), strict=True):
             # log_softmax over `(n, V)`, gathered at the labels
             part_nll = F.cross_entropy(part.float(), part_labels, reduction="none")
