@@ -87,7 +87,8 @@ def find_or_make_scores(
             return drafts[0].missing
 
         missing = ranks.from_main(begin)
-        _fill(drafts, missing, plan, model, tokens_per_batch, autocast, ranks, progress)
+        scorer = Scorer(model, plan, autocast, ranks.largest if is_sharded(model) else None)
+        _fill(drafts, list(pieces(plan, tokens_per_batch, missing)), scorer, ranks, progress)
 
         def end() -> np.ndarray:
             drafts[0].finish()
@@ -116,19 +117,9 @@ def pieces(plan: ScorePlan, tokens_per_batch: int, missing: list[Interval]) -> I
             yield Piece(interval, needed)
 
 
-def _fill(
-    drafts: list[Draft],
-    missing: list[Interval],
-    plan: ScorePlan,
-    model: Any,
-    tokens_per_batch: int,
-    autocast: Autocast,
-    ranks: Ranks,
-    progress: bool,
-) -> None:
+def _fill(drafts: list[Draft], todo: list[Piece], scorer: Scorer, ranks: Ranks, progress: bool) -> None:
     """Score what is missing, piece by piece; the main process, which holds the draft, writes."""
-    scorer = Scorer(model, plan, autocast, ranks.largest if is_sharded(model) else None)
-    todo = list(pieces(plan, tokens_per_batch, missing))
+    plan = scorer.plan
     with progress_bar(sum(plan.num_tokens(piece.batches) for piece in todo), shown=progress) as bar:
         for some in _rounds(todo, ranks.count):
             batches = [batch for piece in some for batch in piece.batches]

@@ -1,16 +1,27 @@
 """What the tests of several processes share: a saved model, and the launch of their own file in two processes."""
 
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from trl_helpers import (
+    all_masked_row,
+    assert_margin,
+    float64_logits,
+    label_rows,
+    nll_of_row,
+    oracle_nll,
+    scores_of,
+    threshold_between,
+)
 
 TIMEOUT = 300
 
 
-def saved_llama(folder, tokenizer):
+def saved_llama(folder, tokenizer, **settings):
     """A tiny Llama far from uniform, saved with its tokenizer below `folder`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,11 +36,25 @@ def saved_llama(folder, tokenizer):
         initializer_range=0.3,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
+        **settings,
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return model
+
+
+def rows_with_an_empty_pair(tokenizer, model, num_rows):
+    """Rows of which 2 and 3, all that rank 1 gets first, keep nothing at a threshold; NLL and threshold in nats."""
+    rows = label_rows(tokenizer, num_rows)
+    nats = math.log(threshold_between(oracle_nll(rows, model)))
+    for row in (2, 3):
+        rows[row] = all_masked_row(
+            rows[row], lambda given: nll_of_row(given, lambda ids: float64_logits(model, ids)), nats + 0.01
+        )
+    nll = oracle_nll(rows, model)
+    assert_margin(scores_of(nll), nats)
+    return rows, nll, nats
 
 
 def load(folder):

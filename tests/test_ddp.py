@@ -15,27 +15,19 @@ pytest.importorskip("torch", reason="torch is not installed")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from processes import load, saved_llama, two_processes
+from processes import load, rows_with_an_empty_pair, saved_llama, two_processes
 from trl_helpers import (
     IGNORE,
     CountTokens,
     RecordingSFT,
     RecordingSTM,
-    all_masked_row,
-    assert_margin,
     documents_of_batches,
-    float64_logits,
     kept_gradient,
-    label_rows,
     masked_rows,
-    nll_of_row,
     one_thread,  # noqa: F401
-    oracle_nll,
     plain_trainer,
     same_bits,
-    scores_of,
     stm_trainer,
-    threshold_between,
     weights,
 )
 
@@ -241,14 +233,7 @@ def both(tokenizer, tmp_path_factory):
     """Outcomes of both ranks of one launch, and the folder they ran in."""
     folder = tmp_path_factory.mktemp("ddp")
     model = saved_llama(folder, tokenizer)
-    rows = label_rows(tokenizer, NUM_ROWS)
-    nats = math.log(threshold_between(oracle_nll(rows, model)))
-    for row in (2, 3):  # all that rank 1 gets in the first step
-        rows[row] = all_masked_row(
-            rows[row], lambda given: nll_of_row(given, lambda ids: float64_logits(model, ids)), nats + 0.01
-        )
-    nll = oracle_nll(rows, model)
-    assert_margin(scores_of(nll), nats)
+    rows, nll, nats = rows_with_an_empty_pair(tokenizer, model, NUM_ROWS)
     expected = masked_rows(rows, nll, nats)
     (folder / "settings.json").write_text(
         json.dumps({"rows": rows, "threshold": math.exp(nats), "expected": expected, "out": "out"})

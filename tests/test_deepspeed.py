@@ -15,20 +15,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
-from processes import load, saved_llama, two_processes
+from processes import load, rows_with_an_empty_pair, saved_llama, two_processes
 from trl_helpers import (
     CountTokens,
     RecordingSTM,
-    all_masked_row,
-    assert_margin,
-    float64_logits,
-    label_rows,
-    nll_of_row,
     one_thread,  # noqa: F401
-    oracle_nll,
-    scores_of,
     stm_trainer,
-    threshold_between,
 )
 
 from stm_plugin import scoring
@@ -158,13 +150,7 @@ def folder(tokenizer, tmp_path_factory):
     """A model, rows of which those that rank 1 gets first keep nothing, and a threshold."""
     folder = tmp_path_factory.mktemp("deepspeed")
     model = saved_llama(folder, tokenizer)
-    rows = label_rows(tokenizer, NUM_ROWS)
-    nats = math.log(threshold_between(oracle_nll(rows, model)))
-    for row in (2, 3):
-        rows[row] = all_masked_row(
-            rows[row], lambda given: nll_of_row(given, lambda ids: float64_logits(model, ids)), nats + 0.01
-        )
-    assert_margin(scores_of(oracle_nll(rows, model)), nats)
+    rows, _, nats = rows_with_an_empty_pair(tokenizer, model, NUM_ROWS)
     (folder / "settings.json").write_text(json.dumps({"rows": rows, "threshold": math.exp(nats)}))
     return folder
 

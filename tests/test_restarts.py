@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from axolotl_helpers import LORA, axolotl_process, base_model, finish, make_config, receipt, write_config
+from processes import saved_llama
 from safetensors.torch import load_file
 
 __all__ = ["base_model", "make_config"]
@@ -140,25 +141,8 @@ def start(folder, out, *arguments):
 @pytest.fixture(scope="module")
 def runs(tokenizer, chats, tmp_path_factory):
     """Folder of whole runs, and of runs that were killed one by one and resumed by another process."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("restarts")
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,
-            attention_dropout=0.1,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=None,
-        )
-    ).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    saved_llama(folder, tokenizer, attention_dropout=0.1)
     (folder / "rows.json").write_text(json.dumps(chats))
     cases = [" ".join(case) for case in CASES]
     for case in cases:
