@@ -174,6 +174,7 @@ class STMTrainerMixin(_Host):
         options = STMOptions.from_args(self.args)
         self._stm_check_supported(options)
         facts = {name: value for name, value in vars(options).items() if name != "stm_scores_dir"}
+        facts["stm_reference_kwargs"] = options.plain_reference_kwargs()  # configs have no equality
         if options.stm_reference == REFERENCE_CURRENT:
             check_unmasked(self.train_dataset)
             return facts

@@ -93,6 +93,19 @@ class STMOptions:
             return None
         return DEFAULT_THRESHOLD if self.stm_threshold is None else self.stm_threshold
 
+    def plain_reference_kwargs(self) -> dict[str, Any] | str | None:
+        """`stm_reference_kwargs` as what JSON can hold, a config of transformers as its dictionary."""
+        if not isinstance(self.stm_reference_kwargs, dict):
+            return self.stm_reference_kwargs
+        return {
+            name: value.to_dict()
+            if hasattr(value, "to_dict")
+            else value
+            if isinstance(value, str | int | float | None)
+            else str(value)
+            for name, value in self.stm_reference_kwargs.items()
+        }
+
     @classmethod
     def from_args(cls, args: Any) -> "STMOptions":
         """The checked STM options that a host's arguments carry as attributes.

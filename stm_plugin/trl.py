@@ -37,16 +37,7 @@ class STMSFTConfig(STMOptions, SFTConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as what JSON can hold, as trackers ask for them."""
         fields: dict[str, Any] = super().to_dict()
-        if isinstance(self.stm_reference_kwargs, dict):
-            fields["stm_reference_kwargs"] = {
-                name: value.to_dict()
-                if hasattr(value, "to_dict")
-                else value
-                if isinstance(value, str | int | float | None)
-                else str(value)
-                for name, value in self.stm_reference_kwargs.items()
-            }
-        return fields
+        return fields | {"stm_reference_kwargs": self.plain_reference_kwargs()}
 
 
 class STMSFTTrainer(STMTrainerMixin, SFTTrainer):

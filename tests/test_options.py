@@ -227,3 +227,13 @@ def test_from_args_takes_the_options_of_a_host_and_checks_them():
 )
 def test_nearest_option(misspelt, meant):
     assert nearest_option(misspelt) == meant
+
+
+def test_plain_reference_kwargs():
+    class Config:
+        def to_dict(self):
+            return {"bits": 4}
+
+    options = STMOptions(stm_reference="m", stm_reference_kwargs={"config": Config(), "dtype": complex, "revision": "a"})
+    assert options.plain_reference_kwargs() == {"config": {"bits": 4}, "dtype": str(complex), "revision": "a"}
+    assert STMOptions().plain_reference_kwargs() is None
