@@ -4,6 +4,7 @@ The unit of work is the shard: `BATCHES_PER_SHARD` batches of the plan, dealt ou
 written. Which documents share a batch, and which batches a shard, depends on the documents and the token budget alone.
 """
 
+import logging
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -16,11 +17,16 @@ import numpy as np
 from .plan import ScorePlan
 from .ranks import Ranks
 from .scoring import Autocast, Scorer, progress_bar
+from .selection import check_scores
 from .sharding import is_sharded
-from .store import Draft, Interval, ScoresError, ScoresKey, ScoreStore
+from .store import Draft, Interval, ScoresBusyError, ScoresError, ScoresKey, ScoreStore
+
+logger = logging.getLogger(__name__)
 
 BATCHES_PER_SHARD = 64
 """Work that is lost when a run is killed: at most so many batches, a few seconds on a GPU."""
+
+_SECONDS_OF_WAITING = 60.0  # for another run that makes the same scores, at a time
 
 _BATCHES_PER_PROCESS = 2  # in a round; with more processes than half a shard's batches, a round has several shards
 
@@ -82,11 +88,17 @@ def find_or_make_scores(
     with ExitStack() as stack:
         drafts: list[Draft] = []
 
-        def begin() -> list[Interval]:
-            drafts.append(stack.enter_context(store.writing(key, plan.num_scores, tokens_per_batch)))
+        def begin() -> list[Interval] | None:
+            writing = store.writing(key, plan.num_scores, tokens_per_batch, patience=_SECONDS_OF_WAITING)
+            try:
+                drafts.append(stack.enter_context(writing))
+            except ScoresBusyError:
+                return None
             return drafts[0].missing
 
         missing = ranks.from_main(begin)
+        while missing is None:  # a little at a time, so that no process waits for another beyond its limit
+            missing = ranks.from_main(begin)
         scorer = Scorer(model, plan, autocast, ranks.largest if is_sharded(model) else None)
         _fill(drafts, list(pieces(plan, tokens_per_batch, missing)), scorer, ranks, progress)
 
@@ -127,7 +139,15 @@ def _fill(drafts: list[Draft], todo: list[Piece], scorer: Scorer, ranks: Ranks, 
             own = batches[ranks.index :: ranks.count]
 
             def score(own: list[range] = own) -> tuple[list[np.ndarray], int | None]:
-                return scorer.score(own, bar.update), scorer.tokens_per_batch
+                try:
+                    scores = scorer.score(own, bar.update)
+                except Exception:
+                    if scorer.agree is not None:  # the others may be waiting within their forward: say it first
+                        logger.exception("Scoring failed on process %d. Lower stm_tokens_per_batch?", ranks.index)
+                    raise
+                for batch_scores in scores:
+                    check_scores(batch_scores)
+                return scores, scorer.tokens_per_batch
 
             shares = ranks.each(score)
             budgets = [budget for _, budget in shares if budget is not None]

@@ -1,5 +1,6 @@
 """`stm_reference: current`: label tokens of an optimizer step, masked by their perplexity under the live weights."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,8 @@ def mask_batches(
     parts = [_documents_of(batch) for batch in batches]
     documents = Documents.concatenate([part for part, _ in parts])
     nll = score(documents)
-    threshold_nats = threshold_in_nats(gather(candidate_scores(documents, nll, options, stop_token_ids)), options)
+    candidates = gather(candidate_scores(documents, nll, options, stop_token_ids))
+    threshold_nats = threshold_in_nats(candidates, options) if len(candidates) else math.inf
     masks = apply_threshold(documents, nll, threshold_nats, options, stop_token_ids)
     start = 0
     for batch, (_, where) in zip(batches, parts, strict=True):

@@ -18,10 +18,11 @@ before any is counted or trained, masks them under the live weights.
 
 import gc
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +149,7 @@ class STMTrainerMixin(_Host):
         self._stm_counts: dict[str, Any] = {}
         self._stm_only_scores = False
         self._stm_totals: LiveTotals | None = None
+        self._stm_live_dtype: list[str] = []
         self._stm_warned_of_stop_tokens = False
         self._stm_unsharded: tuple[ScoresKey, Any] | None = None
         self._stm_ranks = Ranks(self.args.process_index, self.args.world_size)
@@ -285,8 +287,16 @@ class STMTrainerMixin(_Host):
             else:
                 (key, scores), origin = self._stm_scores_of_checkpoint(checkpoint, plan, options), "of the start"
         if run is None or not masked_before or options != run.options or key != run.key:
-            masks = make_masks(plan.documents, plan.spread(scores), options, self._stm_stop_token_ids())
-            run = self._stm_apply(masks, MaskedRun(options, source, source, plan, scores, key, {}))
+            run = MaskedRun(options, source, source, plan, scores, key, {})
+            try:
+                run = self._stm_apply(run)
+            except ValueError as error:
+                if not self._stm_only_scores:
+                    raise
+                # What training would refuse can be looked at all the same, to choose another threshold.
+                self._stm_warn("Training with these options would stop: %s", error)
+                everything_kept = replace(options, stm_threshold=math.inf, stm_mask_fraction=None)
+                run = self._stm_apply(replace(run, options=everything_kept))
         if checkpoint is not None:
             self._stm_check_resumed(checkpoint, run)
         self._stm_run, self.train_dataset = run, run.masked
@@ -314,6 +324,7 @@ class STMTrainerMixin(_Host):
             self._stm_check_same_options(checkpoint, original, make_live_receipt(options, self._stm_totals))
             self._stm_totals = live_totals(original)
         self._stm_counts = {}
+        self._stm_live_dtype = weights_dtype(self.model).split(",")  # now, for which all processes are needed
         self._stm_state.make_receipt = self._stm_live_receipt
         self._stm_info(
             "STM is on: at every step, label tokens of perplexity above %s under the live weights are masked "
@@ -335,7 +346,7 @@ class STMTrainerMixin(_Host):
         return make_live_receipt(
             STMOptions.from_args(self.args),
             self._stm_totals,
-            dtype=weights_dtype(self.model).split(","),
+            dtype=self._stm_live_dtype,
             autocast=autocast,
             normalization="global" if self._stm_counts_tokens() else "host",
         )
@@ -384,8 +395,9 @@ class STMTrainerMixin(_Host):
         self._stm_totals.add(masks.threshold_nats, *totals)
         return torch.stack([counts[0] - counts[1], counts[1]])
 
-    def _stm_apply(self, masks: Masks, run: MaskedRun) -> MaskedRun:
+    def _stm_apply(self, run: MaskedRun) -> MaskedRun:
         """The run with its masked data set, which the collator has been checked to keep masked, and its receipt."""
+        masks = make_masks(run.plan.documents, run.plan.spread(run.scores), run.options, self._stm_stop_token_ids())
         if masks.rows_without_kept_tokens and not self._stm_loss_takes_count():
             raise ValueError(
                 f"{masks.rows_without_kept_tokens} rows keep no token; a micro-batch of them would divide by zero: "
@@ -481,6 +493,11 @@ class STMTrainerMixin(_Host):
         store = ScoreStore(options.stm_scores_dir)
         self._stm_check_reference(options, plan.documents)
         if self._stm_unsharded is not None:
+            if self._stm_unsharded[0].data != plan.fingerprint:
+                raise ScoresError(
+                    "The training set has changed since the trainer was made, and under FSDP no scores are made for "
+                    "another one. Make a new trainer with it, after it has been scored."
+                )
             return *self._stm_unsharded, "found"
         with self._stm_scoring_model(options) as (model, autocast):
             key = self._stm_key(model, autocast, plan)
@@ -522,7 +539,8 @@ class STMTrainerMixin(_Host):
             raise ScoresError(
                 f"Under FSDP the scores must be there before training starts, and {store.path(key)} is missing "
                 f"(weights {key.dtype}, autocast {key.autocast}). Make them with the same model, data and options in "
-                "one process, without FSDP: `stm score` for TRL, `axolotl stm-score CONFIG` for Axolotl."
+                "one process, without FSDP: `stm score` for TRL, `axolotl stm-score CONFIG` for Axolotl; with the "
+                "adapter, if it is not a fresh LoRA."
             )
         self._stm_unsharded = key, scores
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .options import STMOptions
+from .sharding import loaded_whole
 
 
 def check_same_tokens(reference: str, reference_kwargs: dict[str, Any], tokenizer: Any, token_ids: np.ndarray) -> None:
@@ -52,7 +53,8 @@ def loaded_reference(options: STMOptions, device: torch.device) -> Iterator[Any]
     assert not isinstance(options.stm_reference_kwargs, str)
     keywords = {"dtype": "auto"} | (options.stm_reference_kwargs or {})
     try:
-        model = AutoModelForCausalLM.from_pretrained(options.stm_reference, **keywords)
+        with loaded_whole():
+            model = AutoModelForCausalLM.from_pretrained(options.stm_reference, **keywords)
     except (OSError, ValueError) as error:
         raise _cannot_load(options.stm_reference, error) from error
     if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):

@@ -89,7 +89,8 @@ def make_scores(script_args: Any, training_args: Any, model_args: Any, mixture_a
         _only_score(training_args, output_dir)
         _attach_what_training_a_quantized_model_needs(model_args, training_args.trust_remote_code)
         trainer = make_trainer(script_args, training_args, model_args, mixture_args)
-        trainer.model.requires_grad_(False)  # so that DDP, if there is one, makes no buffers for gradients
+        if not trainer.is_deepspeed_enabled:  # whose optimizers want something to train
+            trainer.model.requires_grad_(False)  # so that DDP, if there is one, makes no buffers for gradients
         return trainer, trainer.stm_score()
 
 

@@ -143,22 +143,29 @@ def _joined(
     return ScoredData(kept, plan.spread(scores), key, receipt)
 
 
-def score_now(arguments: list[str]) -> ScoredData:
+def score_now(arguments: list[str], rule: dict[str, Any]) -> ScoredData:
     """Score data with a model, or find that it was scored before; nothing is trained.
 
     Args:
         arguments: Those of `stm sft`, such as `--model_name_or_path` and `--dataset_name`.
+        rule: Options of `RULE` in the place of those that the arguments, or their YAML, give.
     """
     from .score_command import make_scores
     from .sft import parse
 
-    trainer, run = make_scores(*parse(arguments))
+    script_args, training_args, *others = parse(arguments)
+    if rule.keys() & {"stm_threshold", "stm_mask_fraction"}:
+        training_args.stm_threshold = training_args.stm_mask_fraction = None
+    for name, value in rule.items():
+        setattr(training_args, name, value)
+    trainer, run = make_scores(script_args, training_args, *others)
     return trainer.stm_scored_data(run)
 
 
 def names_a_model(arguments: list[str]) -> bool:
     """Whether a command line asks for scores made now: its flags are those of `stm sft`, without a SOURCE."""
-    return any(argument.partition("=")[0] in ("--model_name_or_path", "--config") for argument in arguments)
+    names = {argument.partition("=")[0].replace("-", "_") for argument in arguments}
+    return bool(names & {"__model_name_or_path", "__config"})
 
 
 def add_source(parser: argparse.ArgumentParser, sources: str | int | None, rule: tuple[str, ...]) -> None:
@@ -201,8 +208,7 @@ def scored_of(args: argparse.Namespace) -> list[ScoredData]:
     """
     if args.source:
         return [read_scored(source) for source in args.source]
-    given = _rule_given(args)
-    return [score_now([*args.rest, *(part for name, value in given.items() for part in (f"--{name}", str(value)))])]
+    return [score_now(args.rest, _rule_given(args))]
 
 
 def options_of(args: argparse.Namespace, data: ScoredData) -> STMOptions:

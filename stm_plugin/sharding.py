@@ -25,5 +25,18 @@ def whole(*tensors: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Load models whole, on every process, though transformers shares out what it loads while ZeRO-3 is on."""
+    from transformers.integrations import deepspeed as integration
+
+    config = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = config
+
+
 def _is_partitioned(tensor: Any) -> bool:
     return hasattr(tensor, "ds_id")  # DeepSpeed's mark

@@ -37,6 +37,10 @@ class ScoresError(ValueError):
     """Stored scores that must not be used, or that cannot be stored."""
 
 
+class ScoresBusyError(ScoresError):
+    """Scores that another process is making."""
+
+
 @dataclass(frozen=True)
 class ScoresKey:
     """What scores depend on.
@@ -154,7 +158,9 @@ class ScoreStore:
         return found.scores
 
     @contextmanager
-    def writing(self, key: ScoresKey, num_scores: int, tokens_per_batch: int) -> Iterator["Draft"]:
+    def writing(
+        self, key: ScoresKey, num_scores: int, tokens_per_batch: int, *, patience: float = -1
+    ) -> Iterator["Draft"]:
         """Make an entry, or what is missing of it, while nobody else does; waits for whoever is at it.
 
         What a run that was stopped has left is taken up, and so is what is sound of a damaged entry.
@@ -163,8 +169,10 @@ class ScoreStore:
             key: The entry's key.
             num_scores: Scores that the data asks for.
             tokens_per_batch: Token budget of the batches, for the record.
+            patience: Seconds to wait for another process; -1 for as long as it takes.
 
         Raises:
+            ScoresBusyError: If another process is still at it after that.
             ScoresError: If it cannot be written.
         """
         self.check_writable()
@@ -173,7 +181,10 @@ class ScoreStore:
             lock.acquire(timeout=0)
         except Timeout:
             logger.info("Another process is making the scores in %s; this one waits for it.", path)
-            lock.acquire()
+            try:
+                lock.acquire(timeout=patience)
+            except Timeout:
+                raise ScoresBusyError(f"Another process is still making the scores in {path}.") from None
         with lock:
             draft = Draft(path, key, num_scores, tokens_per_batch)
             with _write_errors(path):

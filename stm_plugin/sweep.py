@@ -204,8 +204,6 @@ def add_arguments(parser: argparse.ArgumentParser, scores_now: bool = False) -> 
 
 def main(args: argparse.Namespace) -> int:
     """Run `stm sweep`."""
-    if not any(flag.partition("=")[0] in ("--stm_threshold", "--stm_mask_fraction") for flag in args.rest):
-        args.stm_threshold = math.inf  # scores made now are not refused for what the default would mask
     (data,) = scored_of(args)
     sweep = sweep_of(data, args.thresholds, args.fractions, args.share, options_of(args, data))
     print(json.dumps(sweep.as_json(), indent=2) if args.json else "\n".join([visible(data.name), *sweep.lines()]))

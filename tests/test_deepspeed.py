@@ -47,6 +47,8 @@ def _run(folder, out, stage=None, trainer=None, **options):
     """One step of plain SGD, so that the weights tell the gradient."""
     settings = json.loads((folder / "settings.json").read_text())
     model, tokenizer = load(folder)
+    if options.get("stm_reference") == REFERENCE:
+        options["stm_reference"] = str(folder / "model")
     if stage is not None:
         model = str(folder / "model")  # loaded by the trainer: under ZeRO-3 never whole
         options |= {"deepspeed": _zero(stage), "model_init_kwargs": {"dtype": "float32", "device_map": None}}
@@ -111,6 +113,7 @@ def _current(**options):
     return {"stm_reference": "current"} | options
 
 
+REFERENCE = "the model's own folder"  # a model that is loaded while ZeRO-3 is on
 WHOLE = {"per_device_train_batch_size": 8}
 CUT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 ALONE = {"per_device_train_batch_size": 16}
@@ -126,6 +129,8 @@ SCENARIOS = {
         None,
     ),
     "lora": (WHOLE, ALONE, _lora),
+    "current, lora": (_current(**WHOLE), _current(**ALONE), _lora),
+    "another reference": (WHOLE | {"stm_reference": REFERENCE}, ALONE | {"stm_reference": REFERENCE}, None),
 }
 
 
@@ -135,6 +140,7 @@ def main(folder, stage):
 
     torch.set_num_threads(1)
     scoring.LOGITS_PER_SLICE = 5 * 320  # five labels at a time: ranks have unequal numbers of slices
+    deepspeed.ops.__compatible_ops__ = {}  # or it compiles an extension first
     deepspeed.init_distributed("gloo")
     folder, rank = Path(folder), os.environ["RANK"]
     found = {}

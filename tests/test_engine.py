@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -300,6 +301,35 @@ def test_a_row_that_does_not_fit_is_an_error(store, plan, model):
             make_scores(store, plan, model)
     finally:
         handle.remove()
+
+
+def test_scores_that_are_no_numbers_are_not_kept(store, plan):
+    broken = make_model()
+    broken.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="scores are NaN"):
+        make_scores(store, plan, broken)
+    assert list(store.root.glob("*/shard-*.npy")) == []
+    make_scores(store, plan, make_model())
+
+
+def test_a_wait_for_another_is_made_of_short_ones(store, plan, model, monkeypatch, caplog):
+    """Or the other processes of the run would give up waiting for the one that waits."""
+    monkeypatch.setattr(engine, "_SECONDS_OF_WAITING", 0.2)
+    store.check_writable()
+    begun, release = threading.Event(), threading.Event()
+
+    def hold():
+        with store.writing(KEY, plan.num_scores, TOKENS_PER_BATCH):
+            begun.set()
+            release.wait(1)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    begun.wait()
+    with caplog.at_level("INFO"):
+        make_scores(store, plan, model)
+    holder.join()
+    assert caplog.text.count("this one waits for it") > 1
 
 
 # Disks.

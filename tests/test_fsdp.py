@@ -92,6 +92,9 @@ def main(folder):
             lambda: _make(folder, folder / "out", stm_scores_dir=str(folder / "elsewhere"), **options)
         ),
     }
+    changed = _make(folder, folder / "out", **options)
+    changed.train_dataset = changed.train_dataset.select(range(NUM_ROWS - 1))
+    found["changed"] = _refusal(changed.train)
     torch.save(found, folder / f"rank-{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
@@ -147,6 +150,11 @@ def test_without_scores_the_command_is_named(runs):
         assert rank["missing"] == runs[0][0]["missing"]
         assert rank["missing"].startswith("Under FSDP the scores must be there before training starts")
         assert "`stm score` for TRL, `axolotl stm-score CONFIG` for Axolotl" in rank["missing"]
+
+
+def test_a_training_set_that_changes_is_refused(runs):
+    for rank in runs[0]:
+        assert rank["changed"].startswith("The training set has changed since the trainer was made")
 
 
 def test_current_is_refused(runs):

@@ -234,6 +234,8 @@ def test_plain_reference_kwargs():
         def to_dict(self):
             return {"bits": 4}
 
-    options = STMOptions(stm_reference="m", stm_reference_kwargs={"config": Config(), "dtype": complex, "revision": "a"})
+    options = STMOptions(
+        stm_reference="m", stm_reference_kwargs={"config": Config(), "dtype": complex, "revision": "a"}
+    )
     assert options.plain_reference_kwargs() == {"config": {"bits": 4}, "dtype": str(complex), "revision": "a"}
     assert STMOptions().plain_reference_kwargs() is None

@@ -336,3 +336,20 @@ def test_damage_is_found(damage, named, entry, capsys):
 def test_no_scores_there(action, workplace, capsys):
     assert main(["score", action, "model"]) == 1
     assert "model holds no scores" in capsys.readouterr().err
+
+
+def test_what_training_would_refuse_is_shown_all_the_same(workplace, capsys, caplog):
+    """Every token masked: that is when the table is needed."""
+    where = ["--model_name_or_path", "model", "--dataset_name", "chats.jsonl"]
+    flags = [flag for flag in FLAGS if flag not in ("--stm_mask_fraction", "0.3")]
+    assert main(["score", *where, *flags, "--stm_threshold", "1.0001"]) == 0
+    assert "Training with these options would stop: Every one of the" in caplog.text
+    assert "stm_mask_fraction: 0.22" in capsys.readouterr().out
+
+
+def test_a_share_in_yaml_serves_the_commands_that_score_now(workplace, capsys):
+    lines = ["model_name_or_path: model", "stm_mask_fraction: 0.22", "use_cpu: true", "bf16: false"]
+    (workplace / "run.yaml").write_text("\n".join(lines))
+    assert main(["sweep", "--config", "run.yaml", "--dataset-name", "chats.jsonl"]) == 0
+    assert main(["inspect", "--config", "run.yaml", "--dataset_name", "chats.jsonl", "--stm_threshold", "900"]) == 0
+    assert "perplexity above 900" in capsys.readouterr().out

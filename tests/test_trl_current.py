@@ -295,6 +295,20 @@ def test_a_loss_that_takes_no_count_is_refused_where_nothing_is_kept(first, toke
     assert math.isfinite(history(trained, "loss")[0][0])
 
 
+def test_a_step_without_label_tokens_masks_nothing(tokenizer, make_model, tmp_path):
+    """A share of no tokens is no tokens."""
+    rows = label_rows(tokenizer, 4)
+    for row in rows[2:]:
+        row["labels"] = [-100] * len(row["labels"])
+    options = {"stm_threshold": None, "stm_mask_fraction": 0.2, "train_sampling_strategy": "sequential"}
+    options |= {"per_device_train_batch_size": 2, "max_length": None, "max_steps": 2, "logging_steps": 1}
+    trainer = stm_trainer(make_model(), rows, tokenizer, tmp_path, stm_reference="current", **options)
+    trainer.train()
+    masked = [entry["stm/masked_fraction"] for entry in trainer.state.log_history if "loss" in entry]
+    assert masked[0] > 0
+    assert masked[1] == 0
+
+
 def test_masked_stop_tokens_are_warned_of_once(tokenizer, make_model, chats, tmp_path, caplog):
     """The tiny model finds the end of a turn as unlikely as anything."""
     options = {"stm_reference": "current", "stm_threshold": 2.5, "max_steps": 3, "logging_steps": 1}
