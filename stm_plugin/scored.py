@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,9 @@ def score_now(arguments: list[str], rule: dict[str, Any]) -> ScoredData:
     for name, value in rule.items():
         setattr(training_args, name, value)
     trainer, run = make_scores(script_args, training_args, *others)
-    return trainer.stm_scored_data(run)
+    data = trainer.stm_scored_data(run)
+    # Where training would refuse the options, the run has others, which nobody asked to see.
+    return data if run.options == STMOptions.from_args(training_args) else replace(data, receipt=None)
 
 
 def names_a_model(arguments: list[str]) -> bool:
