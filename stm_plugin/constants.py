@@ -6,7 +6,7 @@ IGNORE_INDEX = -100
 DEFAULT_THRESHOLD = 2.5
 """Perplexity above which a label token is masked (the paper's tau)."""
 
-SCORES_FORMAT_VERSION = 2
+SCORES_FORMAT_VERSION = 3
 """Version of the scores folder's layout; part of every key."""
 
 RECEIPT_NAME = "stm.json"

@@ -1,7 +1,8 @@
 """Scores on disk: one folder for each key, made of shards that verify themselves, usable once its manifest is written.
 
-    ROOT/KEY/shard-000000000000.npy   float32 NLL in nats from that place in the plan's order on; a checksum after it
-    ROOT/KEY/manifest.json            key, number of scores, every shard with its checksum; written last
+    ROOT/KEY/shard-000000000000.npy   float32 NLL in nats from that place in the plan's order on; then the token budget
+                                      that it was made with, and a checksum
+    ROOT/KEY/manifest.json            key, number of scores, every shard with its checksum and budget; written last
     ROOT/.KEY.partial/                an entry that is still being made, by whoever holds ROOT/.KEY.lock
 
 Thresholds are applied when scores are read, so they are no part of the key.
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 _CHECKSUM_BYTES = 16
+_BUDGET_BYTES = 8
 
 
 class ScoresError(ValueError):
@@ -72,6 +74,18 @@ class Interval(NamedTuple):
 
     start: int
     stop: int
+
+
+class Shard(NamedTuple):
+    """What is to be known of a shard beside its scores.
+
+    Attributes:
+        checksum: 128-bit hash of its content and place, in hexadecimal.
+        tokens_per_batch: Token budget that it was made with; memory may have forced a smaller one than was asked for.
+    """
+
+    checksum: str
+    tokens_per_batch: int
 
 
 @dataclass(frozen=True)
@@ -203,8 +217,7 @@ class Draft:
     def __init__(self, path: Path, key: ScoresKey, num_scores: int, tokens_per_batch: int):
         self.path, self.key = path, key
         self._folder = path if path.exists() else path.with_name(f".{path.name}.partial")
-        self._shards: dict[Interval, str] = {}
-        self._budgets: dict[str, int] = {}
+        self._shards: dict[Interval, Shard] = {}
         self._tokens_per_batch = tokens_per_batch
         self._sound = False
         self.scores = np.zeros(num_scores, np.float32)
@@ -236,19 +249,17 @@ class Draft:
         Args:
             start: Its first place in the plan's order.
             scores: NLL in nats, shape `(n,)`, float32.
-            tokens_per_batch: Token budget that it was made with, where memory forced a smaller one.
+            tokens_per_batch: Token budget that it was made with; None for the entry's own.
 
         Raises:
             ScoresError: If it cannot be written; what was there stays sound.
         """
         interval = Interval(start, start + len(scores))
-        content, checksum = _shard_content(self.key, start, scores)
+        content, shard = _shard_content(self.key, start, scores, tokens_per_batch or self._tokens_per_batch)
         with _write_errors(self.path):
             _write_whole(self._folder / _shard_name(interval), content)
         self.scores[interval.start : interval.stop] = scores
-        self._shards[interval] = checksum
-        if tokens_per_batch is not None:
-            self._budgets[_shard_name(interval)] = tokens_per_batch
+        self._shards[interval] = shard
 
     def finish(self) -> None:
         """Write the manifest: from here on the entry can be read.
@@ -263,8 +274,7 @@ class Draft:
             "num_scores": len(self.scores),
             "unit": "nats",
             "tokens_per_batch": self._tokens_per_batch,
-            "tokens_per_batch_of_shards": self._budgets,
-            "shards": [[*interval, checksum] for interval, checksum in sorted(self._shards.items())],
+            "shards": [[*interval, *shard] for interval, shard in sorted(self._shards.items())],
         }
         whole = content | {"checksum": _manifest_checksum(content)}
         with _write_errors(self.path):
@@ -294,7 +304,7 @@ class _Found(NamedTuple):
     """Sound shards in order, without overlap; their scores, zero elsewhere; and what is wrong."""
 
     scores: np.ndarray
-    shards: dict[Interval, str]
+    shards: dict[Interval, Shard]
     faults: list[str]
 
 
@@ -328,7 +338,7 @@ def _read_entry(path: Path, key: ScoresKey, num_scores: int) -> _Found:
     if manifest["num_scores"] != num_scores:
         mismatch = f"it holds {manifest['num_scores']} scores, the data has {num_scores} label tokens"
         return _read_shards(path, key, num_scores, {})._replace(faults=[mismatch])
-    expected = {Interval(start, stop): checksum for start, stop, checksum in manifest["shards"]}
+    expected = {Interval(*shard[:2]): Shard(*shard[2:]) for shard in manifest["shards"]}
     found = _read_shards(path, key, num_scores, expected)
     num_found = sum(interval.stop - interval.start for interval in found.shards)
     if not found.faults and num_found != num_scores:
@@ -336,7 +346,9 @@ def _read_entry(path: Path, key: ScoresKey, num_scores: int) -> _Found:
     return found
 
 
-def _read_shards(folder: Path, key: ScoresKey, num_scores: int, expected: dict[Interval, str] | None = None) -> _Found:
+def _read_shards(
+    folder: Path, key: ScoresKey, num_scores: int, expected: dict[Interval, Shard] | None = None
+) -> _Found:
     """The sound shards of those expected, or of all that are there."""
     if expected is None:
         names = sorted(file.name for file in folder.glob("shard-*.npy"))
@@ -346,22 +358,22 @@ def _read_shards(folder: Path, key: ScoresKey, num_scores: int, expected: dict[I
     end = 0
     for name in names:
         try:
-            interval, scores, checksum = _read_shard(folder / name, key)
+            interval, scores, shard = _read_shard(folder / name, key)
         except _FaultError as fault:
             found.faults.append(f"{name} {fault}")
             continue
-        if expected is not None and expected.get(interval) != checksum:
+        if expected is not None and expected.get(interval) != shard:
             found.faults.append(f"{name} is not the shard that {MANIFEST} lists")
         elif interval.start < end or interval.stop > num_scores:
             found.faults.append(f"{name} holds scores {interval.start} to {interval.stop}, which have no place")
         else:
             found.scores[interval.start : interval.stop] = scores
-            found.shards[interval] = checksum
+            found.shards[interval] = shard
             end = interval.stop
     return found
 
 
-def _read_shard(file: Path, key: ScoresKey) -> tuple[Interval, np.ndarray, str]:
+def _read_shard(file: Path, key: ScoresKey) -> tuple[Interval, np.ndarray, Shard]:
     try:
         start = int(file.stem.removeprefix("shard-"))
         content = memoryview(file.read_bytes())
@@ -369,16 +381,18 @@ def _read_shard(file: Path, key: ScoresKey) -> tuple[Interval, np.ndarray, str]:
         raise _FaultError(f"cannot be read ({error})") from error
     except ValueError as error:
         raise _FaultError("has a name that gives no place") from error
-    array, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
-    if _shard_checksum(key, start, array) != checksum:
+    checked, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    if _shard_checksum(key, start, checked) != checksum:
         raise _FaultError("has been altered, cut short or taken from another entry (its checksum differs)")
+    array, budget = checked[:-_BUDGET_BYTES], checked[-_BUDGET_BYTES:]
     try:
         scores = np.lib.format.read_array(io.BytesIO(array), allow_pickle=False)
     except ValueError as error:
         raise _FaultError(f"holds no array of numbers ({error})") from error
     if scores.dtype != np.float32 or scores.ndim != 1:
         raise _FaultError(f"holds {scores.dtype} of shape {scores.shape}")
-    return Interval(start, start + len(scores)), scores, checksum.hex()
+    shard = Shard(checksum.hex(), int.from_bytes(budget, "little"))
+    return Interval(start, start + len(scores)), scores, shard
 
 
 def read_key(entry: Path) -> ScoresKey:
@@ -424,13 +438,13 @@ def _shard_name(interval: Interval) -> str:
     return f"shard-{interval.start:012d}.npy"
 
 
-def _shard_content(key: ScoresKey, start: int, scores: np.ndarray) -> tuple[bytes, str]:
+def _shard_content(key: ScoresKey, start: int, scores: np.ndarray, tokens_per_batch: int) -> tuple[bytes, Shard]:
     buffer = io.BytesIO()
     np.save(buffer, scores.astype("<f4"), allow_pickle=False)
-    checksum = _shard_checksum(key, start, buffer.getbuffer())
-    buffer.seek(0, io.SEEK_END)
+    buffer.write(tokens_per_batch.to_bytes(_BUDGET_BYTES, "little"))
+    checksum = _shard_checksum(key, start, buffer.getvalue())
     buffer.write(checksum)
-    return buffer.getvalue(), checksum.hex()
+    return buffer.getvalue(), Shard(checksum.hex(), tokens_per_batch)
 
 
 def _shard_checksum(key: ScoresKey, start: int, content: bytes | memoryview) -> bytes:

@@ -80,6 +80,12 @@ def contents(store):
     return {file.name: file.read_bytes() for file in store.path(KEY).iterdir()}
 
 
+def recorded_budgets(store):
+    """The token budget that was asked for, and that of each shard, as the manifest has them."""
+    manifest = json.loads((store.path(KEY) / MANIFEST).read_text())
+    return manifest["tokens_per_batch"], [shard[3] for shard in manifest["shards"]]
+
+
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(engine, "BATCHES_PER_SHARD", SMALL_SHARD)
@@ -177,6 +183,10 @@ def test_another_token_budget_goes_on_where_the_first_stopped(store, plan, model
     assert max(rows * length for rows, length in forwards[before:]) <= TOKENS_PER_BATCH // 2
     assert len(forwards) - before < len(plan.batches(TOKENS_PER_BATCH // 2))
     assert np.array_equal(store.read(KEY, plan.num_scores), scores)
+    asked, budgets = recorded_budgets(store)
+    assert asked == TOKENS_PER_BATCH // 2
+    assert budgets[:3] == [TOKENS_PER_BATCH] * 3  # as the first run made them
+    assert set(budgets[3:]) == {TOKENS_PER_BATCH // 2}
 
 
 class _StopError(Exception):
@@ -287,10 +297,9 @@ def test_out_of_memory_halves_the_batches_and_is_recorded(store, plan, model, fo
     assert caplog.text.count("Out of memory: scoring goes on with at most") in (1, 2)
     failed = [shape for shape in forwards if shape.numel() > 40]
     assert len(failed) <= 2  # it does not run into it again
-    manifest = json.loads((store.path(KEY) / MANIFEST).read_text())
-    assert manifest["tokens_per_batch"] == TOKENS_PER_BATCH
-    assert set(manifest["tokens_per_batch_of_shards"].values()) <= set(range(1, TOKENS_PER_BATCH))
-    assert len(manifest["tokens_per_batch_of_shards"]) == len(manifest["shards"])
+    asked, budgets = recorded_budgets(store)
+    assert asked == TOKENS_PER_BATCH
+    assert set(budgets) <= set(range(1, TOKENS_PER_BATCH))
     assert np.array_equal(store.read(KEY, plan.num_scores), scores)
 
 
