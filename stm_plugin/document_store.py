@@ -80,11 +80,7 @@ class KeptDocuments:
             name: What the data are called; None for the name that they were loaded by.
         """
         documents = plan.documents
-        largest = max(int(ids.max(initial=0)) for ids in (documents.input_ids, documents.labels))
-        occurs = np.zeros(largest + 1, dtype=bool)
-        occurs[documents.input_ids] = True
-        occurs[documents.label_ids] = True
-        token_ids = np.flatnonzero(occurs).tolist()
+        token_ids = documents.occurring_ids().tolist()
         texts = token_texts(tokenizer, token_ids)
         return cls(
             documents,
@@ -124,8 +120,9 @@ class KeptDocuments:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         documents = self.documents
-        has_label = documents.labels != IGNORE_INDEX
-        other = np.flatnonzero(has_label & (documents.labels != documents.input_ids))
+        other = np.zeros(0, dtype=np.int64)
+        if documents.other_labels is not None:
+            other = np.flatnonzero(documents.has_label & (documents.other_labels != documents.input_ids))
         texts = {
             "format_version": _FORMAT_VERSION,
             "name": self.name,
@@ -134,9 +131,9 @@ class KeptDocuments:
         }
         return {
             "input_ids": _compact(documents.input_ids),
-            "has_label": np.packbits(has_label),
+            "has_label": np.packbits(documents.has_label),
             "other_labels_at": _compact(other),
-            "other_labels": _compact(documents.labels[other]),
+            "other_labels": _compact(documents.labels_at(other)),
             "document_lengths": _compact(np.diff(documents.document_offsets)),
             "row_lengths": _compact(np.diff(documents.row_offsets)),
             "token_ids": _compact(np.array(list(self.text_of), dtype=np.int64)),
@@ -202,7 +199,7 @@ def _from_arrays(arrays: dict[str, np.ndarray], texts: dict[str, Any]) -> KeptDo
         np.concatenate(([0], np.cumsum(arrays[name], dtype=np.int64))) for name in ("document_lengths", "row_lengths")
     ]
     return KeptDocuments(
-        Documents(input_ids, labels, *offsets),
+        Documents.of(input_ids, labels, *offsets),
         dict(zip(arrays["token_ids"].tolist(), texts["tokens"], strict=True)),
         frozenset(arrays["stop_token_ids"].tolist()),
         texts["name"],

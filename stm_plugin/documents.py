@@ -30,16 +30,27 @@ class Documents:
 
     Attributes:
         input_ids: Token ids, shape `(total,)`, int16 if that holds them, else int32.
-        labels: Labels before STM, shape `(total,)`, `-100` where the host keeps the loss off; the same array where
-            every token is a label.
+        has_label: Whether the host trains each token's label, shape `(total,)`, bool.
+        other_labels: Labels of all tokens, shape `(total,)`; None where each is its token's id, or `-100`.
         document_offsets: Where each document starts, and the end, shape `(D + 1,)`.
         row_offsets: Where each data-set row starts, and the end, shape `(R + 1,)`.
     """
 
     input_ids: np.ndarray
-    labels: np.ndarray
+    has_label: np.ndarray
+    other_labels: np.ndarray | None
     document_offsets: np.ndarray
     row_offsets: np.ndarray
+
+    @classmethod
+    def of(
+        cls, input_ids: np.ndarray, labels: np.ndarray, document_offsets: np.ndarray, row_offsets: np.ndarray
+    ) -> "Documents":
+        """Documents with the labels of all tokens, shape `(total,)`, `-100` where the host keeps the loss off."""
+        has_label = labels != IGNORE_INDEX
+        are_ids = labels is input_ids or bool(((labels == input_ids) | ~has_label).all())
+        other_labels = None if are_ids else _smallest(labels)
+        return cls(_smallest(input_ids), has_label, other_labels, document_offsets, row_offsets)
 
     @classmethod
     def from_rows(cls, input_ids: list[Any], labels: list[Any], seq_lengths: list[Any] | None = None) -> "Documents":
@@ -120,12 +131,7 @@ class Documents:
             starts[:, 1:] |= attention_mask[:, 1:] != attention_mask[:, :-1]
         where = np.flatnonzero(real)
         offsets = np.append(np.flatnonzero(starts.ravel()[where]), len(where))
-        documents = cls(
-            np.ascontiguousarray(input_ids.ravel()[where], dtype=np.int32),
-            np.ascontiguousarray(labels.ravel()[where], dtype=np.int32),
-            offsets,
-            offsets,
-        )
+        documents = cls.of(input_ids.ravel()[where], labels.ravel()[where], offsets, offsets)
         if position_ids is not None:
             _check_positions(np.broadcast_to(position_ids, shape).ravel()[where], offsets)
         return documents, where
@@ -139,7 +145,7 @@ class Documents:
             moved = [start + some[:-1] for start, some in zip(starts, offsets, strict=False)]
             return np.concatenate([*moved, starts[-1:]])
 
-        return cls(
+        return cls.of(
             np.concatenate([part.input_ids for part in parts]),
             np.concatenate([part.labels for part in parts]),
             joined([part.document_offsets for part in parts]),
@@ -160,11 +166,10 @@ class Documents:
             raise ValueError(f"seq_lengths must be lengths of documents, got {segments[segments < 0][0]}.")
         _check_lengths("labels", label_lengths, id_lengths, "Give one label per token, -100 where the loss is off.")
         _check_lengths("seq_lengths (summed)", segment_sums, id_lengths, "They must cut the row into its documents.")
-        ids = _smallest(input_ids)
         rows = offsets_of(id_lengths)
-        return cls(
-            ids,
-            ids if labels is input_ids else _smallest(labels),
+        return cls.of(
+            input_ids,
+            labels,
             rows if segments is id_lengths and (segments > 0).all() else offsets_of(segments[segments > 0]),
             rows,
         )
@@ -172,11 +177,26 @@ class Documents:
     def __len__(self) -> int:
         return len(self.document_offsets) - 1
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels before STM, shape `(total,)`, `-100` where the host keeps the loss off; made anew at every call."""
+        return self.labels_at(slice(None))
+
+    def labels_at(self, tokens: Any) -> np.ndarray:
+        """Labels before STM of some tokens, a slice or indices of all."""
+        if self.other_labels is not None:
+            return self.other_labels[tokens]
+        ids = self.input_ids[tokens]
+        return np.where(self.has_label[tokens], ids, ids.dtype.type(IGNORE_INDEX))
+
     @cached_property
     def label_mask(self) -> np.ndarray:
         """Whether each position is a label token: label not `-100` and not a document's position 0; `(total,)`."""
-        mask = self.labels != IGNORE_INDEX
-        mask[self.document_offsets[:-1]] = False
+        starts = self.document_offsets[:-1]
+        if not self.has_label[starts].any():
+            return self.has_label
+        mask = self.has_label.copy()
+        mask[starts] = False
         return mask
 
     @cached_property
@@ -187,7 +207,18 @@ class Documents:
     @property
     def label_ids(self) -> np.ndarray:
         """Token ids of all N label tokens, shape `(N,)`."""
-        return self.labels[self.label_mask]
+        return (self.input_ids if self.other_labels is None else self.other_labels)[self.label_mask]
+
+    def occurring_ids(self) -> np.ndarray:
+        """Every id that a token or a label token has, once, in order."""
+        of_labels = self.input_ids if self.other_labels is None else self.other_labels
+        largest = max(int(ids.max(initial=0)) for ids in (self.input_ids, of_labels))
+        occurs = np.zeros(largest + 1, dtype=bool)
+        for first, last in runs(self.document_offsets):
+            tokens = slice(self.document_offsets[first], self.document_offsets[last])
+            occurs[self.input_ids[tokens]] = True
+            occurs[of_labels[tokens][self.label_mask[tokens]]] = True
+        return np.flatnonzero(occurs)
 
     @property
     def num_label_tokens(self) -> int:
@@ -197,14 +228,14 @@ class Documents:
     @property
     def num_unscored_labels(self) -> int:
         """Labels that are not `-100` at a document's position 0, which nothing predicts."""
-        return int((self.labels[self.document_offsets[:-1]] != IGNORE_INDEX).sum())
+        return int(self.has_label[self.document_offsets[:-1]].sum())
 
     def content_hashes(self) -> np.ndarray:
         """128-bit hash of each document's ids and label tokens, as int32, shape `(D, 2)`, uint64."""
         hashes = np.empty((len(self), 2), dtype=np.uint64)
         for first, block in self._blocks():
             tokens = slice(block[0], block[-1])
-            scored = np.where(self.label_mask[tokens], self.labels[tokens], np.int32(IGNORE_INDEX))
+            scored = np.where(self.label_mask[tokens], self.labels_at(tokens), np.int32(IGNORE_INDEX))
             digests = [xxhash.xxh3_128_digest(content) for content in _contents(self.input_ids, scored, block, "<i4")]
             hashes[first : first + len(digests)] = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
         return hashes
@@ -224,14 +255,19 @@ class Documents:
         """How many of the flagged tokens (shape `(total,)`, bool) each row has, shape `(R,)`."""
         return self._count(token_flags, self.row_offsets)
 
-    def digest(self, labels: np.ndarray) -> str:
+    def digest(self, masked: np.ndarray) -> str:
         """`mask_digest`: SHA-256 over the sorted SHA-256 hashes of each document's (`input_ids`, `labels`), as int64.
 
         Independent of the order of rows, of packing, ranks and host.
+
+        Args:
+            masked: Which labels become `-100` before that, shape `(total,)`, bool.
         """
         hashes = np.empty(len(self), dtype="S32")
         for first, block in self._blocks():
-            contents = _contents(self.input_ids, labels[block[0] : block[-1]], block, "<i8")
+            tokens = slice(block[0], block[-1])
+            labels = np.where(masked[tokens], np.int16(IGNORE_INDEX), self.labels_at(tokens))
+            contents = _contents(self.input_ids, labels, block, "<i8")
             digests = [hashlib.sha256(content).digest() for content in contents]
             hashes[first : first + len(digests)] = np.frombuffer(b"".join(digests), dtype="S32")
         hashes.sort()
@@ -241,8 +277,9 @@ class Documents:
     def rows_fingerprint(self) -> str:
         """128-bit hash of all rows in their order, in hexadecimal."""
         digest = xxhash.xxh3_128()
-        for array in (self.input_ids, self.labels, self.document_offsets, self.row_offsets):
-            digest.update(np.ascontiguousarray(array).data)
+        for array in (self.input_ids, self.has_label, self.other_labels, self.document_offsets, self.row_offsets):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:

@@ -155,7 +155,7 @@ def _tokens(data: ScoredData, masks: Masks, row: int) -> Iterator[_Token]:
     nll = np.full(end - start, np.nan)
     first = int(documents.label_mask[:start].sum())
     nll[is_label] = data.nll[first : first + int(is_label.sum())]
-    ids = np.where(is_label, documents.labels[start:end], documents.input_ids[start:end]).tolist()
+    ids = np.where(is_label, documents.labels_at(slice(start, end)), documents.input_ids[start:end]).tolist()
     for token_id, score, label, masked in zip(
         ids, nll.tolist(), is_label.tolist(), masks.masked[start:end].tolist(), strict=True
     ):

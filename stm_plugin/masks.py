@@ -18,7 +18,6 @@ class Masks:
 
     Attributes:
         documents: The data set's documents.
-        labels: Final labels of all tokens, shape `(total,)`.
         masked: Whether STM masked a token, shape `(total,)`, bool.
         threshold_nats: The threshold that was compared, in nats.
         num_stop_tokens: Stop tokens among the label tokens.
@@ -26,11 +25,15 @@ class Masks:
     """
 
     documents: Documents
-    labels: np.ndarray
     masked: np.ndarray
     threshold_nats: float
     num_stop_tokens: int
     num_masked_stop_tokens: int
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Final labels of all tokens, shape `(total,)`; made anew at every call."""
+        return np.where(self.masked, np.int16(IGNORE_INDEX), self.documents.labels)
 
     @cached_property
     def num_masked(self) -> int:
@@ -162,11 +165,10 @@ def apply_threshold(
         label_ids=documents.label_ids,
         candidates=~is_stop if options.stm_keep_stop_tokens else None,
     )
-    masked = np.zeros(len(documents.labels), dtype=bool)
+    masked = np.zeros(len(documents.input_ids), dtype=bool)
     masked[documents.label_mask] = masked_labels
     return Masks(
         documents,
-        np.where(masked, np.int16(IGNORE_INDEX), documents.labels),
         masked,
         threshold_nats,
         int(is_stop.sum()),
@@ -176,7 +178,11 @@ def apply_threshold(
 
 def _is_stop(documents: Documents, stop_token_ids: set[int]) -> np.ndarray:
     """Whether each label token ends a turn or a text, shape `(N,)`."""
-    return np.isin(documents.label_ids, list(stop_token_ids))
+    label_ids = documents.label_ids
+    is_stop = np.zeros(len(label_ids), dtype=bool)
+    for token_id in stop_token_ids:  # a few; numpy's isin takes many times the memory
+        is_stop |= label_ids == token_id
+    return is_stop
 
 
 def _threshold_for_share(nll: np.ndarray, share: float = 0.22) -> float:

@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,25 +100,31 @@ class STMState(TrainerCallback, ExportableState):
 
 @dataclass(frozen=True)
 class MaskedRun:
-    """A training set that has been masked, and what it was made from.
+    """A training set with its scores and masks.
 
     Attributes:
         options: The options in force.
         source: The data set as the host prepared it.
-        masked: The data set with its masked labels.
         plan: What was scored.
-        scores: NLL in nats in the plan's order.
+        nll: NLL in nats of all N label tokens, in the data set's order, shape `(N,)`, float32.
         key: Key of the scores.
+        masks: What is masked.
         receipt: What `stm.json` says.
     """
 
     options: STMOptions
     source: "datasets.Dataset"
-    masked: "datasets.Dataset"
     plan: ScorePlan
-    scores: Any
+    nll: np.ndarray
     key: ScoresKey
+    masks: Masks
     receipt: Receipt
+
+    @cached_property
+    def masked(self) -> "datasets.Dataset":
+        """The data set with its masked labels."""
+        masks = self.masks
+        return with_columns(self.source, masks.documents, masks.labels, **{MASKED_COLUMN: masks.masked_per_row})
 
 
 class STMTrainerMixin(_Host):
@@ -143,6 +150,7 @@ class STMTrainerMixin(_Host):
         """Check, before anything is trained, all that can be checked; raise ValueError for what cannot be masked."""
         show_log_lines()
         self._stm_run: MaskedRun | None = None
+        self._stm_masked: datasets.Dataset | None = None
         self._stm_model: weakref.ref[Any] | None = None
         self._stm_state = STMState()
         self._stm_loader_state = RandomState()
@@ -270,7 +278,7 @@ class STMTrainerMixin(_Host):
         """Give `train_dataset` its masked labels, unless it has them already."""
         options = STMOptions.from_args(self.args)
         run, origin = self._stm_run, "made before"
-        masked_before = run is not None and self.train_dataset is run.masked
+        masked_before = run is not None and self.train_dataset is self._stm_masked
         same_model = self.model_init is None or (self._stm_model is not None and self._stm_model() is self.model)
         if run is not None and masked_before and same_model:
             if options.stm_reference != run.options.stm_reference:
@@ -278,7 +286,7 @@ class STMTrainerMixin(_Host):
                     f"stm_reference changed from {run.options.stm_reference!r} to {options.stm_reference!r} after the "
                     "training set was scored. Make a new trainer for it."
                 )
-            source, plan, scores, key = run.source, run.plan, run.scores, run.key
+            source, plan, nll, key = run.source, run.plan, run.nll, run.key
         else:
             source = run.source if run is not None and masked_before else self.train_dataset
             plan = ScorePlan.of(_unmasked_documents(source))
@@ -286,20 +294,24 @@ class STMTrainerMixin(_Host):
                 key, scores, origin = self._stm_find_or_make_scores(plan, options)
             else:
                 (key, scores), origin = self._stm_scores_of_checkpoint(checkpoint, plan, options), "of the start"
+            nll = plan.spread(scores)
+            del scores  # of a large data set both would be much
         if run is None or not masked_before or options != run.options or key != run.key:
-            run = MaskedRun(options, source, source, plan, scores, key, {})
             try:
-                run = self._stm_apply(run)
+                run = self._stm_apply(options, source, plan, nll, key)
             except ValueError as error:
                 if not self._stm_only_scores:
                     raise
                 # What training would refuse can be looked at all the same, to choose another threshold.
                 self._stm_warn("Training with these options would stop: %s", error)
                 everything_kept = replace(options, stm_threshold=math.inf, stm_mask_fraction=None)
-                run = self._stm_apply(replace(run, options=everything_kept))
+                run = self._stm_apply(everything_kept, source, plan, nll, key)
         if checkpoint is not None:
             self._stm_check_resumed(checkpoint, run)
-        self._stm_run, self.train_dataset = run, run.masked
+        if not self._stm_only_scores and (self._stm_masked is None or self._stm_masked is not run.masked):
+            self._stm_check_collator(run.masked, run.masks)
+            self.train_dataset = self._stm_masked = run.masked
+        self._stm_run = run
         self._stm_model = weakref.ref(self.model)
         self._stm_state.make_receipt = lambda: run.receipt
         self.state.stateful_callbacks[STMState.__name__] = self._stm_state.state()
@@ -395,46 +407,43 @@ class STMTrainerMixin(_Host):
         self._stm_totals.add(masks.threshold_nats, *totals)
         return torch.stack([counts[0] - counts[1], counts[1]])
 
-    def _stm_apply(self, run: MaskedRun) -> MaskedRun:
-        """The run with its masked data set, which the collator has been checked to keep masked, and its receipt."""
-        masks = make_masks(run.plan.documents, run.plan.spread(run.scores), run.options, self._stm_stop_token_ids())
+    def _stm_apply(
+        self, options: STMOptions, source: "datasets.Dataset", plan: ScorePlan, nll: np.ndarray, key: ScoresKey
+    ) -> MaskedRun:
+        """What options mask of a scored data set, with its receipt; its rows are kept for who would look at them."""
+        masks = make_masks(plan.documents, nll, options, self._stm_stop_token_ids())
         if masks.rows_without_kept_tokens and not self._stm_loss_takes_count():
             raise ValueError(
                 f"{masks.rows_without_kept_tokens} rows keep no token; a micro-batch of them would divide by zero: "
                 f"the loss of {type(self.model).__name__} takes no count of tokens. Raise stm_threshold, or leave "
                 "these rows out."
             )
-        masked = with_columns(run.source, masks.documents, masks.labels, **{MASKED_COLUMN: masks.masked_per_row})
-        self._stm_check_collator(masked, masks)
-        entry = ScoreStore(run.options.stm_scores_dir).path(run.key)
         receipt = make_receipt(
             masks,
-            run.options,
-            run.key,
-            entry,
+            options,
+            key,
+            ScoreStore(options.stm_scores_dir).path(key),
             unscored_label_tokens=masks.documents.num_unscored_labels if self._stm_trains_first_label else 0,
-            dtype=run.key.dtype.split(","),
-            autocast=run.key.autocast,
+            dtype=key.dtype.split(","),
+            autocast=key.autocast,
             normalization="global" if self._stm_counts_tokens() else "host",
-            model=self._stm_model_name(run.options),
-            documents_file=self._stm_ranks.from_main(lambda: self._stm_keep_documents(run)),
+            model=self._stm_model_name(options),
+            documents_file=self._stm_ranks.from_main(lambda: self._stm_keep_documents(source, plan)),
         )
-        return MaskedRun(run.options, run.source, masked, run.plan, run.scores, run.key, receipt)
+        return MaskedRun(options, source, plan, nll, key, masks, receipt)
 
     def stm_scored_data(self, run: MaskedRun) -> ScoredData:
         """A masked training set as `stm inspect`, `stm sweep` and `stm report` take it; on the main process."""
-        return ScoredData(self._stm_kept_documents(run), run.plan.spread(run.scores), run.key, run.receipt)
+        return ScoredData(self._stm_kept_documents(run.source, run.plan), run.nll, run.key, run.receipt)
 
-    def _stm_kept_documents(self, run: MaskedRun) -> KeptDocuments:
+    def _stm_kept_documents(self, source: "datasets.Dataset", plan: ScorePlan) -> KeptDocuments:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        return KeptDocuments.of_dataset(
-            run.source, run.plan, tokenizer, self._stm_stop_token_ids(), self._stm_data_name
-        )
+        return KeptDocuments.of_dataset(source, plan, tokenizer, self._stm_stop_token_ids(), self._stm_data_name)
 
-    def _stm_keep_documents(self, run: MaskedRun) -> str | None:
+    def _stm_keep_documents(self, source: "datasets.Dataset", plan: ScorePlan) -> str | None:
         """Keep the rows for `stm report` and the like; name of the file, or None where it could not be written."""
         try:
-            return self._stm_kept_documents(run).write(run.plan).name
+            return self._stm_kept_documents(source, plan).write(plan).name
         except Exception as error:  # a run does not end for what only shows it
             self._stm_warn("The rows could not be kept for stm inspect, sweep and report: %r", error)
             return None

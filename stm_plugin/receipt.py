@@ -58,7 +58,7 @@ def make_receipt(masks: Masks, options: STMOptions, key: ScoresKey, entry: Path,
         **facts,
         "scores_entry": str(entry),
         "scores_key": vars(key).copy(),
-        "mask_digest": masks.documents.digest(masks.labels),
+        "mask_digest": masks.documents.digest(masks.masked),
         "versions": _versions(),
     }
 

@@ -124,7 +124,7 @@ def _of_run(folder: Path) -> ScoredData:
     entry = Path(receipt["scores_entry"])
     data = _joined(kept, plan, ScoreStore(entry.parent if entry.is_dir() else None), key, receipt)
     masks = data.masks()
-    if data.documents.digest(masks.labels) != receipt["mask_digest"]:
+    if data.documents.digest(masks.masked) != receipt["mask_digest"]:
         raise ScoresError(
             f"The rows and scores that are kept do not give the masks of {folder / RECEIPT_NAME} (its mask_digest "
             "differs): the rows were replaced by others, or the file was changed. Score the run's data again."

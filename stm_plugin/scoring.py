@@ -319,7 +319,7 @@ def _score_batch(
         input_ids[row, :length] = documents.input_ids[start : start + length]
         positions = np.flatnonzero(documents.label_mask[start : start + length + 1])
         predicting.append(row * width + positions - 1)  # the token at t is predicted at t - 1
-        labels.append(documents.labels[start + positions])
+        labels.append(documents.labels_at(start + positions))
     lm = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
     with autocast():  # at its end the copies that it made of weights are freed

@@ -211,7 +211,7 @@ def test_qlora_learns_and_leaves_its_base_alone(host, smollm2, tmp_path, mbpp):
     assert not changed
     run = losses(trainer)
     assert sum(run[-5:]) < sum(run[:5])
-    four_bit_nll = trainer._stm_run.plan.spread(trainer._stm_run.scores)
+    four_bit_nll = trainer._stm_run.nll
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     from stm_plugin import score_dataset
 

@@ -90,7 +90,7 @@ def _run(folder, out, stage=None, trainer=None, **options):
         "sharded": is_sharded(made.model),
         "receipt": made._stm_state.receipt,
         "digest": run.receipt["mask_digest"] if run else None,
-        "scores": run.scores if run else None,
+        "scores": run.nll if run else None,
         "scored_tokens": count.tokens,
         "batches": len(run.plan.batches(TOKENS_PER_BATCH)) if run else None,
         "items": [float(items) for items in made.items],

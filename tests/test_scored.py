@@ -183,7 +183,7 @@ def test_a_run_is_read(kind, run, tmp_path):
     masks = data.masks()
     assert masks.num_masked == receipt["masked_tokens"]
     assert masks.threshold_nats == float(receipt["threshold_nats"])
-    assert data.documents.digest(masks.labels) == receipt["mask_digest"]
+    assert data.documents.digest(masks.masked) == receipt["mask_digest"]
     masked = [row["labels"] for row in trainer.train_dataset]
     assert masks.labels.tolist() == [label for row in masked for label in row]
     text = "".join(data.kept.text_of[token] for token in rows[0]["input_ids"])

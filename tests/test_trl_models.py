@@ -41,7 +41,7 @@ LORA = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.3, "target_modules": ["q_pro
 def _scores(trainer):
     """The scores a trainer used, one for each label token in the order of its data set."""
     run = trainer._stm_run
-    return run.plan.spread(run.scores).astype(np.float64)
+    return run.nll.astype(np.float64)
 
 
 def _plain_rows(tokenizer, make_model, chats, tmp_path):
