@@ -8,7 +8,8 @@ nox.options.sessions = ["lint", "pure", "trl", "axolotl-0.19"]
 
 STACKS = ["1.9", "1.16"]
 WITHOUT_TORCH = ["filelock>=3.12", "numpy>=1.26", "packaging>=23", "tqdm>=4.66", "xxhash>=3.4"]
-TEST_TOOLS = ["hypothesis>=6.120", "pytest>=9", "pytest-timeout>=2.4", "pyyaml>=6"]
+TEST_TOOLS = ["hypothesis>=6.120", "pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "pyyaml>=6"]
+PARALLEL = ["-n", "logical", "--dist", "loadfile"]  # one process a core; the tests of a file share their fixtures
 
 
 @nox.session(python="3.11")
@@ -25,7 +26,7 @@ def pure(session):
     """The tests that need neither torch nor a host."""
     session.install(*WITHOUT_TORCH, *TEST_TOOLS)
     session.install("--no-deps", ".")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session(python="3.11")
@@ -33,7 +34,7 @@ def pure(session):
 def trl(session, stack):
     """All tests but the slow ones, against one TRL."""
     install_stack(session, stack)
-    session.run("pytest", "-m", "not slow", *session.posargs)
+    session.run("pytest", "-m", "not slow", *PARALLEL, *session.posargs)
 
 
 @nox.session(python="3.11")
@@ -72,7 +73,7 @@ def benchmark_axolotl(session):
 
 def test_axolotl(session, release):
     install_axolotl(session, release)
-    session.run("pytest", "-m", "not slow", "-k", "axolotl or example_configs", *session.posargs)
+    session.run("pytest", "-m", "not slow", "-k", "axolotl or example_configs", *PARALLEL, *session.posargs)
 
 
 def install_axolotl(session, release):

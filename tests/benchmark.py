@@ -30,6 +30,7 @@ SKIPPED_STEPS = 2
 MEMORY_STEPS = 4
 MODELS = ("smollm2", "gemma3")
 DTYPES = ("float32", "bfloat16")
+PARTS = ("start", "training", "scoring", "processes")
 RATIOS = ("step_seconds_ratio", "peak_mib_ratio")
 SIDES = {"trl": ("SFT", "STM", "current"), "axolotl": ("SFT", "STM")}
 """`STM` is `stm_reference: initial`, `current` is `stm_reference: current`."""
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--host", choices=["trl", "axolotl"], default="trl", help="whose trainer is timed (default: %(default)s)"
     )
-    for name, allowed in (("models", MODELS), ("dtypes", DTYPES), ("parts", ("start", "training", "scoring"))):
+    for name, allowed in (("models", MODELS), ("dtypes", DTYPES), ("parts", PARTS)):
         parser.add_argument(f"--{name}", nargs="+", choices=allowed, default=allowed, help="default: all")
     parser.add_argument("--training-models", nargs="+", choices=MODELS, default=["smollm2"], help="default: smollm2")
     parser.add_argument("--rows", type=int, default=20, help="rows of data (default: %(default)s)")
@@ -64,6 +65,8 @@ def main() -> None:
             for model in args.models
             for dtype in args.dtypes
         }
+    if "processes" in args.parts and args.host == "trl":
+        results["processes"] = compare_processes(args.pairs)
     if "training" in args.parts:
         results["training"] = {
             f"{model}, {dtype}": compare_training(Run(args.host, model, dtype, args.rows), args.pairs)
@@ -261,6 +264,38 @@ def compare_scoring(model: str, dtype: str, num_rows: int, pairs: int) -> dict:
     return results
 
 
+def compare_processes(pairs: int, num_rows: int = 40, tokens_per_batch: int = 512) -> dict:
+    """Seconds in which one process and two score SmolLM2's rows, one thread each; two must store the same scores."""
+    model, data = model_and_data("smollm2", num_rows)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as work:
+        chats, stored = Path(work) / "chats.jsonl", {}
+        data.to_json(chats)
+        for _ in range(pairs):
+            for count, of_count in seconds.items():
+                scores = Path(work) / f"scores-{count}"
+                shutil.rmtree(scores, ignore_errors=True)
+                command = f"-m torch.distributed.run --standalone --nproc_per_node {count} -m stm_plugin.score_command"
+                command += f" --model_name_or_path {model} --dataset_name {chats} --dtype float32 --bf16 false"
+                command += f" --max_length {MAX_LENGTH} --stm_tokens_per_batch {tokens_per_batch}"
+                done = subprocess.run(
+                    [sys.executable, *command.split(), "--stm_scores_dir", str(scores)],
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "STM_HOME": work},
+                    capture_output=True,
+                    text=True,
+                )
+                made = re.search(r"Scores: made in ([\d.]+) s", done.stderr)
+                if made is None:
+                    sys.exit(f"Scoring with {count} processes failed:\n{done.stderr[-3000:]}")
+                of_count.append(float(made[1]))
+                (entry,) = scores.glob("[!.]*")
+                stored[count] = {file.name: file.read_bytes() for file in entry.iterdir()}
+    if stored[1] != stored[2]:
+        sys.exit("One process and two have stored different scores.")
+    ratio = statistics.median(one / two for one, two in zip(seconds[1], seconds[2], strict=True))
+    return {"seconds": seconds, "times_as_fast": ratio}
+
+
 def device() -> str:
     """The GPU's name, or the CPU's."""
     import torch
@@ -311,6 +346,13 @@ def table(results: dict) -> Iterable[str]:
         if "limit_tokens_per_second" in row:
             limit = row["limit_tokens_per_second"]
             yield f"{name}: {rates['scoring'] / limit:.1%} of the arithmetic limit, {limit:,.0f} tokens/s"
+    if "processes" in results:
+        medians = {count: statistics.median(seconds) for count, seconds in results["processes"]["seconds"].items()}
+        yield ""
+        yield (
+            f"scoring in one process: {medians[1]:.1f} s, in two: {medians[2]:.1f} s (one thread each): "
+            f"{results['processes']['times_as_fast']:.2f} times as fast, the same store"
+        )
     if "training" in results:
         yield ""
         yield "| training | seconds a step | over SFT | peak MiB | over SFT |"
