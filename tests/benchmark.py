@@ -47,6 +47,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", nargs="+", choices=allowed, default=allowed, help="default: all")
     parser.add_argument("--training-models", nargs="+", choices=MODELS, default=["smollm2"], help="default: smollm2")
     parser.add_argument("--rows", type=int, default=20, help="rows of data (default: %(default)s)")
+    parser.add_argument(
+        "--chats", default="", help="rows of a file of chats (JSON lines); default: functions of the standard library"
+    )
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -61,15 +64,15 @@ def main() -> None:
         results["start"] = compare_start()
     if "scoring" in args.parts and args.host == "trl":
         results["scoring"] = {
-            f"{model}, {dtype}": compare_scoring(model, dtype, args.rows, args.pairs)
+            f"{model}, {dtype}": compare_scoring(model, dtype, args.rows, args.pairs, args.chats)
             for model in args.models
             for dtype in args.dtypes
         }
     if "processes" in args.parts and args.host == "trl":
-        results["processes"] = compare_processes(args.pairs)
+        results["processes"] = compare_processes(args.pairs, args.rows, args.chats)
     if "training" in args.parts:
         results["training"] = {
-            f"{model}, {dtype}": compare_training(Run(args.host, model, dtype, args.rows), args.pairs)
+            f"{model}, {dtype}": compare_training(Run(args.host, model, dtype, args.rows, args.chats), args.pairs)
             for model in (args.training_models if args.host == "trl" else ["smollm2"])
             for dtype in (args.dtypes if args.host == "trl" else ["float32"])
         }
@@ -84,6 +87,7 @@ class Run(NamedTuple):
     model: str
     dtype: str
     num_rows: int
+    chats_file: str
 
 
 def compare_start(pairs: int = 40) -> dict:
@@ -152,7 +156,7 @@ def take_turns(run: Run, scores: str) -> dict[str, list[float]]:
 
 def start_side(run: Run, side: str, scores: str, steps: int, **environment: str) -> subprocess.Popen:
     command = [sys.executable, __file__, "--host", run.host, "--model", run.model, "--dtype", run.dtype]
-    command += ["--rows", str(run.num_rows)]
+    command += ["--rows", str(run.num_rows), "--chats", run.chats_file]
     return subprocess.Popen(
         [*command, "--side", side, "--steps", str(steps), "--scores", scores],
         env=os.environ | environment,
@@ -202,7 +206,7 @@ def trl_trainer(args: argparse.Namespace, output_dir: str):
 
     from stm_plugin import STMSFTConfig, STMSFTTrainer
 
-    model, data = model_and_data(args.model, args.rows)
+    model, data = model_and_data(args.model, args.rows, args.chats)
     trainer_class, config_class, more = SFTTrainer, SFTConfig, {}
     if args.side != "SFT":
         trainer_class, config_class = STMSFTTrainer, STMSFTConfig
@@ -228,7 +232,7 @@ def trl_trainer(args: argparse.Namespace, output_dir: str):
 def axolotl_trainer(args: argparse.Namespace, output_dir: str):
     from axolotl_helpers import ON_A_CPU, build  # before Axolotl: it turns telemetry off
 
-    model, data = model_and_data("smollm2", args.rows)
+    model, data = model_and_data("smollm2", args.rows, args.chats)
     chats = Path(output_dir) / "chats.jsonl"
     chats.write_text("\n".join(json.dumps({"messages": row["prompt"] + row["completion"]}) for row in data))
     config = ON_A_CPU | {
@@ -253,20 +257,20 @@ def axolotl_trainer(args: argparse.Namespace, output_dir: str):
     return build(config | ({"plugins": "stm", "stm_scores_dir": args.scores} if args.side == "STM" else {}))
 
 
-def compare_scoring(model: str, dtype: str, num_rows: int, pairs: int) -> dict:
+def compare_scoring(model: str, dtype: str, num_rows: int, pairs: int, chats_file: str) -> dict:
     """Rates of scoring, its floor and the paper's loop, and how much memory scoring takes over the bare backbone."""
-    results = benchmark_scoring.measure(model, dtype, num_rows, pairs)
+    results = benchmark_scoring.measure(model, dtype, num_rows, pairs, chats_file)
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
     for side in ("backbone", "scoring"):
-        command = [sys.executable, benchmark_scoring.__file__, model, dtype, str(num_rows), side]
+        command = [sys.executable, benchmark_scoring.__file__, model, dtype, str(num_rows), side, chats_file]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         results[f"peak_mib_{side}"] = json.loads(done.stdout.splitlines()[-1])
     return results
 
 
-def compare_processes(pairs: int, num_rows: int = 40, tokens_per_batch: int = 512) -> dict:
+def compare_processes(pairs: int, num_rows: int, chats_file: str, tokens_per_batch: int = 512) -> dict:
     """Seconds in which one process and two score SmolLM2's rows, one thread each; two must store the same scores."""
-    model, data = model_and_data("smollm2", num_rows)
+    model, data = model_and_data("smollm2", num_rows, chats_file)
     seconds: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as work:
         chats, stored = Path(work) / "chats.jsonl", {}

@@ -28,14 +28,23 @@ GEMMA_PARTS_SHA256 = (
 GEMMA_GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
-def model_and_data(name: str, num_rows: int):
-    """A model's folder, and rows about the standard library's functions: chats, or texts for a base model."""
+def model_and_data(name: str, num_rows: int, chats_file: str = ""):
+    """A model's folder, and rows: chats, or texts for a base model.
+
+    They are about the standard library's functions, or else of a file of chats as JSON lines (`messages`, of which the
+    last is the answer).
+    """
     from datasets import Dataset
 
     from stm_plugin.demo.data import training_chats
     from stm_plugin.demo.model import find_model
 
-    chats = training_chats(num_rows, seed=0)
+    if chats_file:
+        lines = Path(chats_file).read_text(encoding="utf-8").splitlines()[:num_rows]
+        messages = [json.loads(line)["messages"] for line in lines]
+        chats = [{"prompt": row[:-1], "completion": row[-1:]} for row in messages]
+    else:
+        chats = training_chats(num_rows, seed=0)
     if name == "smollm2":
         return find_model().path, Dataset.from_list(chats)
     texts = [
@@ -86,7 +95,7 @@ def tokenized(tokenizer, row) -> tuple[list[int], list[int]]:
     return whole[:MAX_LENGTH], ([-100] * len(prompt) + whole[len(prompt) :])[:MAX_LENGTH]
 
 
-def load(name: str, dtype: str, num_rows: int):
+def load(name: str, dtype: str, num_rows: int, chats_file: str = ""):
     """The model on the device it runs on, and the plan of its rows."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,7 +104,7 @@ def load(name: str, dtype: str, num_rows: int):
     from stm_plugin.plan import ScorePlan
 
     torch.set_num_threads(os.cpu_count() or 1)
-    folder, data = model_and_data(name, num_rows)
+    folder, data = model_and_data(name, num_rows, chats_file)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [tokenized(tokenizer, row) for row in data]
     plan = ScorePlan.of(Documents.from_rows(*(list(column) for column in zip(*rows, strict=True))))
@@ -103,7 +112,7 @@ def load(name: str, dtype: str, num_rows: int):
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), plan
 
 
-def measure(name: str, dtype: str, num_rows: int, pairs: int) -> dict:
+def measure(name: str, dtype: str, num_rows: int, pairs: int, chats_file: str = "") -> dict:
     """Tokens a second of scoring, its floor and the paper's loop, in turns; and what the float32 softmax takes.
 
     Returns:
@@ -112,7 +121,7 @@ def measure(name: str, dtype: str, num_rows: int, pairs: int) -> dict:
     import numpy as np
     import torch
 
-    model, plan = load(name, dtype, num_rows)
+    model, plan = load(name, dtype, num_rows, chats_file)
     num_tokens = int(plan.lengths.sum())
     sides = {
         "floor": lambda: run_floor(model, plan),
@@ -245,11 +254,11 @@ def arithmetic_limit(model, plan, num_tokens: int) -> dict:
     return {"limit_tokens_per_second": num_tokens * per_second / operations, "product_tflops": per_second / 1e12}
 
 
-def peak(name: str, dtype: str, num_rows: int, side: str) -> float:
+def peak(name: str, dtype: str, num_rows: int, side: str, chats_file: str = "") -> float:
     """Peak memory in MiB of this process, or of its GPU, that has scored, or only run the backbone on the batches."""
     import torch
 
-    model, plan = load(name, dtype, num_rows)
+    model, plan = load(name, dtype, num_rows, chats_file)
     if RESET_PEAK.exists():  # loading may take more than running
         RESET_PEAK.write_text("5")
     if side == "scoring":
@@ -264,5 +273,5 @@ def peak(name: str, dtype: str, num_rows: int, side: str) -> float:
 
 
 if __name__ == "__main__":
-    name, dtype, num_rows, side = sys.argv[1:]
-    print(json.dumps(peak(name, dtype, int(num_rows), side)))
+    name, dtype, num_rows, side, chats_file = sys.argv[1:]
+    print(json.dumps(peak(name, dtype, int(num_rows), side, chats_file)))
