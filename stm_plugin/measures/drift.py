@@ -4,12 +4,17 @@ Drift is the mean of `KL(initial || tuned)` in nats per token. Measured on promp
 training data, it needs no benchmark and sees change long before an accuracy does.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .intervals import ratio_interval
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""What a model is to answer: a user's message, or the messages of a chat up to the answer."""
 
 _POSITIONS_PER_CHUNK = 256
 """Positions whose two full float64 distributions are in memory at once."""
@@ -63,11 +68,16 @@ class Drift(NamedTuple):
         """Nats per token, pooled over all rows: the sum over the count."""
         return self.sum_nats / self.num_tokens
 
+    def interval(self, confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+        """Bootstrap interval of the mean, rows drawn with replacement; None for a single row."""
+        sums, counts = zip(*self.rows, strict=True)
+        return ratio_interval(sums, counts, confidence=confidence, seed=seed)
+
 
 def greedy_answers(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     batch_size: int = 8,
 ) -> list[TokenRow]:
@@ -75,14 +85,29 @@ def greedy_answers(
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer. With a chat template, each prompt becomes a user's message; without one, it is
-            continued as plain text.
-        prompts: The prompts.
+        tokenizer: Its tokenizer. With a chat template, a prompt of plain text becomes a user's message; without one,
+            it is continued as it is.
+        prompts: The prompts, as text or as the messages of a chat.
         max_new_tokens: Longest answer, in tokens. An answer ends with its end-of-turn token if it gets that far.
         batch_size: How many prompts go through the model at once (left-padded).
 
     Returns:
         One row for each prompt, in order.
+    """
+    return generate(model, tokenizer, prompts, max_new_tokens, batch_size, do_sample=False)
+
+
+def generate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    batch_size: int,
+    **options: Any,
+) -> list[TokenRow]:
+    """Answers as for `greedy_answers`, with further options of `model.generate` that say how a token is chosen.
+
+    Penalties of repetition that a model's generation config may have are off.
     """
     import torch
 
@@ -101,11 +126,13 @@ def greedy_answers(
             output = model.generate(
                 input_ids=torch.tensor(padded, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
-                do_sample=False,
                 num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=stop_ids,
                 pad_token_id=pad_id,
+                **options,
             )
             for ids, answer in zip(batch, output[:, width:].tolist(), strict=True):
                 stop = next((i + 1 for i, token in enumerate(answer) if token in stop_ids), len(answer))
@@ -129,7 +156,7 @@ def measure_drift(initial: "PreTrainedModel", tuned: "PreTrainedModel", rows: Se
         Sums and counts for each row.
 
     Raises:
-        ValueError: There are no rows, or a row has no prompt or no answer.
+        ValueError: There are no rows, a row has no prompt or no answer, or the models' vocabularies differ in size.
     """
     import torch
 
@@ -151,6 +178,11 @@ def _row_drift(initial: "PreTrainedModel", tuned: "PreTrainedModel", row: TokenR
     """Sums the KL divergence over one row's answer."""
     initial_logits = _answer_logits(initial, row)
     tuned_logits = _answer_logits(tuned, row).to(initial_logits.device)
+    if initial_logits.shape != tuned_logits.shape:
+        raise ValueError(
+            f"the models have vocabularies of {initial_logits.shape[-1]} and {tuned_logits.shape[-1]} tokens, whose "
+            "distributions cannot be compared. Give a model that was tuned from the initial one, with its vocabulary."
+        )
     sum_nats = 0.0
     for start in range(0, len(initial_logits), _POSITIONS_PER_CHUNK):
         chunk = slice(start, start + _POSITIONS_PER_CHUNK)
@@ -170,11 +202,16 @@ def _answer_logits(model: "PreTrainedModel", row: TokenRow) -> "Tensor":
     return logits[0, row.num_prompt_tokens - 1 : -1]
 
 
-def _prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
+def _prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
     """Token ids of a prompt, up to where the model starts to answer."""
     if tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            raise ValueError(
+                "a prompt is a chat, and the tokenizer has no chat template. Give prompts of plain text, or a model "
+                "whose tokenizer has one."
+            )
         return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -1,7 +1,8 @@
 """How far training moved a model's weights: the L2 norm of the change, over all weights together."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,23 +54,116 @@ def change_norm(initial: "Module", tuned: "Module") -> float:
         tuned: The model after training, with the same parameters.
 
     Returns:
-        The norm, in units of the weights. Differences are taken in float32, their squares summed in float64.
+        The norm, in units of the weights. Differences are taken in float32, their squares summed in float64;
+        quantized weights (bitsandbytes) count as what they stand for.
 
     Raises:
         ValueError: The models' parameters differ in names or shapes.
     """
     before, after = dict(initial.named_parameters()), dict(tuned.named_parameters())
+    _check_same_names(before, after)
+    return math.sqrt(sum(_squared_difference(name, _weight(initial, name), _weight(tuned, name)) for name in before))
+
+
+def checkpoint_change_norm(initial: str, tuned: str) -> float:
+    """`change_norm` of two saved models, one tensor at a time: neither model is ever in memory.
+
+    Where the weights are no safetensors files, or the files name their tensors in different ways, both models are
+    loaded after all.
+
+    Args:
+        initial: Folder or hub id of the model before training.
+        tuned: That of the model after training, saved as a whole.
+
+    Returns:
+        The norm, in units of the weights.
+
+    Raises:
+        ValueError: One of the models is saved in quantized form, or their weights differ in names or shapes.
+    """
+    from safetensors import safe_open
+
+    before, after = _tensor_files(initial), _tensor_files(tuned)
+    if before is None or after is None or before.keys() != after.keys():
+        from transformers import AutoModelForCausalLM
+
+        models = (AutoModelForCausalLM.from_pretrained(name, dtype="auto") for name in (initial, tuned))
+        return change_norm(*models)
+
+    def tensors(files: dict[str, str], names: list[str]) -> "Iterator[Tensor]":
+        file, opened = None, None
+        for name in names:
+            if files[name] != file:
+                file, opened = files[name], safe_open(files[name], "pt")
+            assert opened is not None
+            yield opened.get_tensor(name)
+
+    names = sorted(before, key=lambda name: (before[name], name))
+    total = 0.0
+    for name, one, other in zip(names, tensors(before, names), tensors(after, names), strict=True):
+        total += _squared_difference(name, one, other)
+    return math.sqrt(total)
+
+
+def _tensor_files(name: str) -> dict[str, str] | None:
+    """The safetensors file of each weight of a saved model; None where it cannot be read that way.
+
+    Raises:
+        ValueError: The model is saved in quantized form.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    from .inputs import not_found
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise not_found(name, error) from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{name} is saved in quantized form, so that its files do not say what its weights were. Give the model "
+            "before it was quantized, or the adapter."
+        )
+    missing_is_none: Any = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(name, "model.safetensors.index.json", **missing_is_none)
+    if index is not None:
+        shards = get_checkpoint_shard_files(name, index)[0]
+    else:
+        whole = cached_file(name, "model.safetensors", **missing_is_none)
+        if whole is None:
+            return None
+        shards = [whole]
+    files: dict[str, str] = {}
+    for shard in shards:
+        with safe_open(shard, "pt") as opened:
+            files |= dict.fromkeys(opened.keys(), shard)
+    has_head_twice = config.get_text_config().tie_word_embeddings and any("lm_head." in name for name in files)
+    return None if has_head_twice else files
+
+
+def _check_same_names(before: dict[str, Any], after: dict[str, Any]) -> None:
     if before.keys() != after.keys():
         name = sorted(before.keys() ^ after.keys())[0]
         raise ValueError(f"the models differ in their parameters: only one of them has {name}.")
-    total = 0.0
-    for name, weight in before.items():
-        if weight.shape != after[name].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(weight.shape)} in one model and {tuple(after[name].shape)} in the other."
-            )
-        total += _squared_sum(after[name].detach().float() - weight.detach().float().to(after[name].device))
-    return math.sqrt(total)
+
+
+def _squared_difference(name: str, before: "Tensor", after: "Tensor") -> float:
+    """Squared norm of the change of one weight."""
+    if before.shape != after.shape:
+        raise ValueError(f"{name} has shape {tuple(before.shape)} in one model and {tuple(after.shape)} in the other.")
+    return _squared_sum(after.float() - before.float().to(after.device))
+
+
+def _weight(model: "Module", name: str) -> "Tensor":
+    """A parameter; what it stands for, where it is quantized."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = model.get_parameter(name)
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        return dequantize_module_weight(model.get_submodule(name.rpartition(".")[0])).detach()
+    return weight.detach()
 
 
 def _check_adapter(model: "PeftModel") -> None:

@@ -1,0 +1,217 @@
+"""What the measures' commands are given by name: prompts, chats and samples in files, models and adapters."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .._compat import missing_extra
+from .drift import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+"""One line of a JSON-lines file."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class LoadedModel(NamedTuple):
+    """A model, ready to be measured.
+
+    Attributes:
+        model: Causal language model, with its adapter if it is one.
+        tokenizer: The tokenizer saved with it, or else with its base.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSON-lines file.
+
+    Raises:
+        ValueError: For no such file, no row in it, or a line that is no JSON object.
+    """
+    rows = []
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: no JSON ({error}).") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: a JSON object is needed, got {type(row).__name__}.")
+        rows.append(row)
+    return rows
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts from a file: plain text, one a line, or JSON lines of `prompt` or of chats in `messages`.
+
+    A `prompt` is text or a list of messages. Of a chat in `messages`, an answer at its end is left off.
+
+    Raises:
+        ValueError: For no such file, nothing in it, or a row without a prompt.
+    """
+    if path.suffix.lower() != ".jsonl":
+        return [line for _, line in _lines(path)]
+    return [prompt_of(row, f"{path}, row {index}") for index, row in enumerate(read_rows(path))]
+
+
+def prompt_of(row: Row, where: str) -> Prompt:
+    """The prompt of a row (see `read_prompts`); `where` says in errors which row it is."""
+    if isinstance(row.get("prompt"), str | list) and row["prompt"]:
+        return row["prompt"]
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages:
+        before = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+        if before:
+            return before
+    raise ValueError(f"{where}: needs a `prompt`, or `messages` that start with a request; it has {sorted(row)}.")
+
+
+def as_chat(row: Row, where: str) -> Row:
+    """A row as prompt and completion, the form in which TRL trains on answers alone.
+
+    Of `messages`, the last one is the answer and all before it the prompt; `prompt` and `completion` stay as they are.
+
+    Args:
+        row: Has `messages`, or `prompt` and `completion` (both text, or both lists of messages).
+        where: Says in errors which row it is.
+
+    Raises:
+        ValueError: For a row of another form, or one that does not end with an answer.
+    """
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
+            raise ValueError(f"{where}: `messages` must be a request and end with a message of the role assistant.")
+        return {"prompt": messages[:-1], "completion": messages[-1:]}
+    if "prompt" not in row or type(row["prompt"]) is not type(row.get("completion")):
+        raise ValueError(
+            f"{where}: needs `messages`, or `prompt` and `completion` that are both text or both lists of messages; "
+            f"it has {sorted(row)}."
+        )
+    return {"prompt": row["prompt"], "completion": row["completion"]}
+
+
+def read_samples(path: Path) -> list[list[str]]:
+    """Samples from a JSON-lines file: each line is a list of texts, or an object with such a list in `samples`.
+
+    Raises:
+        ValueError: For no such file, nothing in it, or a line of another form.
+    """
+    samples = []
+    for number, line in _lines(path):
+        try:
+            texts = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: no JSON ({error}).") from None
+        texts = texts.get("samples") if isinstance(texts, dict) else texts
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path}, line {number}: a list of texts is needed, or an object with one in `samples`.")
+        samples.append(texts)
+    return samples
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder or hub id is that of an adapter.
+
+    Raises:
+        ValueError: If it is neither a folder nor a hub id that can be reached.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(name) is not None
+    except (OSError, ValueError) as error:
+        raise not_found(name, error) from None
+
+
+def load_model(
+    name: str,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    device: str | None = None,
+) -> LoadedModel:
+    """Load a model, or an adapter on its base.
+
+    Args:
+        name: Folder or hub id.
+        base: Model that an adapter is put on; None for the one that its config names.
+        dtype: One of `DTYPES`, `auto` being the checkpoint's own.
+        load_in_4bit: Whether bitsandbytes quantizes the model, or the adapter's base, to NF4.
+        device: Such as `cuda:1`; None for the first GPU, or else the CPU.
+
+    Raises:
+        ValueError: If the model, or an adapter's base, is nowhere to be had.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    adapter = name if is_adapter(name) else None
+    if adapter is not None:
+        from peft import PeftConfig
+
+        base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        if not base:
+            raise ValueError(f"the adapter {adapter} does not say which model it is for. Name it with --initial.")
+    source = base if adapter is not None and base is not None else name
+    options: dict[str, Any] = {"dtype": dtype}
+    if load_in_4bit:
+        options |= {"quantization_config": _four_bit(source, dtype), "device_map": {"": device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        has_own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(adapter if has_own else source)
+    except (OSError, ValueError) as error:
+        raise not_found(source, error) from None
+    if not load_in_4bit:
+        model = model.to(device)
+    if adapter is None:
+        return LoadedModel(model, tokenizer)
+    from peft import PeftModel
+
+    return LoadedModel(PeftModel.from_pretrained(model, adapter), tokenizer)
+
+
+def _four_bit(name: str, dtype: str) -> Any:
+    """NF4 as `stm sft --load_in_4bit` has it, computing in the dtype asked for."""
+    import torch
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise missing_extra("bitsandbytes", "qlora")
+    try:
+        compute = AutoConfig.from_pretrained(name).dtype if dtype == "auto" else dtype
+    except (OSError, ValueError) as error:
+        raise not_found(name, error) from None
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute or torch.float32
+    )
+
+
+def not_found(name: str, error: Exception) -> ValueError:
+    """The error for a model that cannot be loaded."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"cannot load {name}: give a folder or a hub id of a causal language model or an adapter ({reason})"
+    )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, numbered from 1."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}.") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty.")
+    return iter((number, line.strip()) for number, line in lines)
