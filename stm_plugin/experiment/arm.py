@@ -1,0 +1,236 @@
+"""What the processes of `stm experiment` do: measure the initial model, train a run, measure what it has trained.
+
+    python -m stm_plugin.experiment.arm check|initial|train|measure... JOB.json
+
+Each ends when its parent does: the parent holds the other end of its standard input.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .results import (
+    INITIAL_NAME,
+    Facts,
+    document_ids,
+    environment,
+    packed_evaluation,
+    read_json,
+    settings_digest,
+    unpacked_evaluation,
+    write_json,
+)
+from .settings import Settings, task_name, with_folder
+
+if TYPE_CHECKING:
+    from ..forgetting.evaluation import Evaluation
+    from ..measures.drift import Drift
+
+
+def main(arguments: list[str]) -> None:
+    """Do the phases that a command line names, of the job that it ends with."""
+    *phases, file = arguments
+    job = json.loads(Path(file).read_text(encoding="utf-8"))
+    if job.get("watch"):
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    from ..logs import show_log_lines
+
+    show_log_lines()
+    for phase in phases:
+        {"check": check, "initial": measure_initial, "train": train_run, "measure": measure_run}[phase](job)
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of standard input, which comes when the parent is gone, and leave at once.
+
+    Not through `sys.stdin`, whose lock a thread that waits would hold while the interpreter ends.
+    """
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def check(job: Facts) -> None:
+    """Raise ValueError for settings that TRL, peft, STM or the harness refuse."""
+    from ..forgetting.harness import parse_task
+    from .training import check_arms
+
+    for task in _tasks(job["settings"][0], Path(job["data"])):
+        parse_task(task)
+    check_arms(job["settings"])
+
+
+def measure_initial(job: Facts) -> None:
+    """Evaluate the initial model and let it answer the prompts that drift is measured on; writes `initial.json`."""
+    from ..measures.drift import greedy_answers
+    from ..measures.inputs import load_model
+    from .training import model_folder
+
+    settings, data = job["settings"], Path(job["data"])
+    started = time.monotonic()
+    initial = load_model(model_folder(settings["model"]), dtype=settings["dtype"])
+    drift = settings["drift"]
+    answers = greedy_answers(
+        initial.model, initial.tokenizer, _prompts(settings, data), drift["max_new_tokens"], drift["batch_size"]
+    )
+    evaluation = _evaluate(initial.model, initial.tokenizer, settings, data, settings["model"], Path(job["work"]))
+    facts = {
+        "settings": settings,
+        "evaluation": packed_evaluation(evaluation),
+        "documents": document_ids(evaluation),
+        "drift_answers": [[row.input_ids, row.num_prompt_tokens] for row in answers],
+        "seconds": {"total": round(time.monotonic() - started, 1)},
+    }
+    write_json(facts | environment(), Path(job["output"]) / INITIAL_NAME)
+
+
+def train_run(job: Facts) -> None:
+    """Train a run into the job's folder."""
+    from .training import train
+
+    train(job["settings"], Path(job["data"]), Path(job["work"]), Path(job["output"]) / "scores")
+
+
+def measure_run(job: Facts) -> None:
+    """Measure the model that `train_run` left, and write the run's result."""
+    import gc
+
+    gc.collect()  # a trainer is a cycle: its model goes only now
+    settings, data, output, work = (job["settings"], *(Path(job[key]) for key in ("data", "output", "work")))
+    started = time.monotonic()
+    trained = json.loads((work / "train.json").read_text(encoding="utf-8"))
+    initial_facts = read_json(output / INITIAL_NAME)
+    assert initial_facts is not None, "the initial model is measured before any run"
+    perplexity = _answers_perplexity(settings, data, output, trained.pop("max_length"))
+    drift, weight_change, evaluation = _measure(settings, data, work, initial_facts)
+    seconds = trained.pop("seconds")
+    facts = {
+        "arm": settings["arm"],
+        "seed": settings["seed"],
+        "kind": settings["kind"],
+        "settings": settings,
+        **trained,
+        "seconds": seconds
+        | {"measuring": round(time.monotonic() - started, 1), "total": round(time.time() - job["started"], 1)},
+        **_forgetting(settings, initial_facts, evaluation),
+        "evaluation": packed_evaluation(evaluation),
+        "drift": {
+            "nats_per_token": drift.mean,
+            "tokens": drift.num_tokens,
+            "nats_per_token_of_each_prompt": [row.sum_nats / row.num_tokens for row in drift.rows],
+        },
+        "weight_change_l2": weight_change,
+        "answers_perplexity": perplexity,
+    }
+    write_json(facts | environment(), Path(job["result"]))
+
+
+def _measure(settings: Settings, data: Path, work: Path, initial_facts: Facts) -> tuple["Drift", float, "Evaluation"]:
+    """Drift, weight change and scores of a trained model."""
+    import torch
+    from peft import PeftModel
+
+    from ..measures.drift import TokenRow, measure_drift
+    from ..measures.inputs import load_model
+    from ..measures.weight_change import adapter_change_norm, change_norm
+    from .training import model_folder
+
+    path = model_folder(settings["model"])
+    dtype = settings["training_dtype"]  # a coarser one would lose what full fine-tuning changes
+    initial = load_model(path, dtype=dtype)
+    if settings["lora"] is None:
+        tuned: Any = load_model(str(work / "model"), dtype=dtype).model
+        weight_change = change_norm(initial.model, tuned)
+    else:
+        base = load_model(path, dtype=dtype).model
+        tuned = PeftModel.from_pretrained(base, str(work / "model"))
+        weight_change = adapter_change_norm(tuned)
+    answers = [TokenRow(ids, count) for ids, count in initial_facts["drift_answers"]]
+    drift = measure_drift(initial.model, tuned, answers)
+    tokenizer = initial.tokenizer
+    del initial
+    if settings["evaluation"]["dtype"] != dtype:
+        tuned = tuned.to(getattr(torch, settings["evaluation"]["dtype"]))
+    name = f"{settings['arm']}/{settings['seed']}"
+    return drift, weight_change, _evaluate(tuned, tokenizer, settings, data, name, work)
+
+
+def _evaluate(model: Any, tokenizer: Any, settings: Settings, data: Path, name: str, work: Path) -> "Evaluation":
+    """Scores of a model in memory on all tasks."""
+    from ..forgetting.evaluation import evaluation_of
+    from ..forgetting.harness import evaluate
+
+    options = settings["evaluation"]
+    results = evaluate(
+        model,
+        _tasks(settings, data),
+        tokenizer=tokenizer,
+        output=work / "evaluation",
+        limit=options["limit"],
+        batch_size=options["batch_size"],
+        run_model_code=options["run_model_code"],
+        max_new_tokens=options["max_new_tokens"],
+    )
+    names = [task_name(task) for task in (*settings["target"], *settings["non_target"])]
+    return evaluation_of(results, options["metrics"], names)._replace(model=name)
+
+
+def _forgetting(settings: Settings, initial_facts: Facts, evaluation: "Evaluation") -> Facts:
+    """TI and BWT of a run, with all that belongs to them."""
+    from ..forgetting.comparison import compare
+    from ..forgetting.tables import as_json
+
+    before = unpacked_evaluation(initial_facts["evaluation"], initial_facts["documents"])
+    target, non_target = ([task_name(task) for task in settings[key]] for key in ("target", "non_target"))
+    comparison = as_json(compare(before, evaluation, target, non_target))
+    return {"ti": comparison["ti"]["value"], "bwt": comparison["bwt"]["value"], "comparison": comparison}
+
+
+def _answers_perplexity(settings: Settings, data: Path, output: Path, max_length: int | None) -> Facts:
+    """Perplexity of the run's training answers under the initial model; made once for each data set."""
+    from ..measures.inputs import load_model
+    from ..measures.perplexity import measure_perplexity
+    from .training import model_folder, training_rows
+
+    key = {name: settings[name] for name in ("model", "dtype", "data", "rows")} | {
+        "digest": settings["files"][settings["data"]],
+        "max_length": max_length,
+    }
+    path = output / "perplexity" / f"{settings_digest(key)}.json"
+    facts = read_json(path)
+    if facts is None:
+        started = time.monotonic()
+        initial = load_model(model_folder(settings["model"]), dtype=settings["dtype"])
+        rows = {settings["data"]: training_rows(settings, data)}
+        (found,) = measure_perplexity(initial.model, initial.tokenizer, rows, max_length=max_length).values()
+        facts = {
+            "of": key,
+            "mean": found.mean,
+            "std": found.std,
+            "quantiles": found.quantiles,
+            "pooled": found.pooled,
+            "rows": len(found.rows),
+            "tokens": found.num_tokens,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        write_json(facts, path)
+    return facts
+
+
+def _tasks(settings: Settings, data: Path) -> list[str]:
+    return [with_folder(task, data) for task in (*settings["target"], *settings["non_target"])]
+
+
+def _prompts(settings: Settings, data: Path) -> Any:
+    from ..measures.inputs import read_prompts
+
+    prompts = settings["drift"]["prompts"]
+    return read_prompts(data / prompts) if isinstance(prompts, str) else prompts
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,193 @@
+"""What the result files of an experiment say, arm by arm: the figures of its table, as JSON can hold them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..forgetting.bootstrap import Interval
+from ..forgetting.comparison import Comparison, compare
+from ..forgetting.evaluation import Evaluation
+from .config import Arm, Experiment
+from .contrast import Contrast, contrast
+from .results import INITIAL_NAME, Facts, read_json, run_path, unpacked_evaluation
+from .settings import differences, task_name
+
+CONFIDENCE = 0.95
+
+
+def summarize(experiment: Experiment, output: Path) -> Facts:
+    """Everything that the table shows, from the result files alone.
+
+    Args:
+        experiment: The experiment, for the order of the arms and for what is to be compared.
+        output: Folder of the results.
+
+    Raises:
+        ValueError: If there is no result.
+    """
+    initial = read_json(output / INITIAL_NAME)
+    if initial is None:
+        raise ValueError(f"{output} has no {INITIAL_NAME}: nothing has been run yet. Run it without --table first.")
+    before = unpacked_evaluation(initial["evaluation"], initial["documents"])
+    target, non_target = ([task_name(task) for task in initial["settings"][key]] for key in ("target", "non_target"))
+    results, notes = _results(experiment, output, initial)
+    evaluations = {
+        arm: {
+            seed: unpacked_evaluation(result["evaluation"], initial["documents"]) for seed, result in by_seed.items()
+        }
+        for arm, by_seed in results.items()
+    }
+    arms = {
+        name: _arm_summary(experiment.arms[name], by_seed, before, evaluations[name], target, non_target)
+        for name, by_seed in results.items()
+    }
+    pairs = []
+    for first, second in experiment.compare:
+        if first in arms and second in arms:
+            both = evaluations[first], evaluations[second]
+            measures = {
+                name: _contrast_facts(contrast(before, *both, tasks, confidence=CONFIDENCE))
+                for name, tasks in (("bwt", non_target), ("ti", target))
+            }
+            pairs.append({"first": first, "second": second, **measures})
+    return {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "model": experiment.model,
+        "target": target,
+        "non_target": non_target,
+        "initial": {name: _score_facts(before, name) for name in (*target, *non_target)},
+        "arms": arms,
+        "pairs": pairs,
+        "missing": [str(run) for run in experiment.runs() if run.seed not in results.get(run.arm, {})],
+        "notes": notes,
+        "confidence": CONFIDENCE,
+        "drift_prompts": len(initial["drift_answers"]),
+        "environments": _environments([initial, *(run for runs in results.values() for run in runs.values())]),
+    }
+
+
+def _results(experiment: Experiment, output: Path, initial: Facts) -> tuple[dict[str, dict[int, Facts]], list[str]]:
+    """Results by arm and seed; and which are left out, and why."""
+    results: dict[str, dict[int, Facts]] = {}
+    notes = []
+    for run in sorted(experiment.runs(), key=lambda run: (list(experiment.arms).index(run.arm), run.seed)):
+        result = read_json(run_path(output, run))
+        if result is None:
+            continue
+        changes = differences(result["settings"], experiment.run_settings(run) | {"files": None})
+        shared = {name: result["settings"].get(name) for name in initial["settings"] if name != "files"}
+        now = {name: value for name, value in initial["settings"].items() if name != "files"}
+        changes += differences(shared, now)
+        changes += _other_files(initial["settings"]["files"], result["settings"]["files"])
+        if changes:
+            notes.append(f"{run} is left out, its settings are others: {'; '.join(dict.fromkeys(changes))}.")
+        else:
+            results.setdefault(run.arm, {})[run.seed] = result
+    return results, notes
+
+
+def _other_files(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    return [f"{name} is another file than the initial model had" for name in before if after.get(name) != before[name]]
+
+
+def _arm_summary(
+    arm: Arm,
+    results: Mapping[int, Facts],
+    before: Evaluation,
+    evaluations: Mapping[int, Evaluation],
+    target: Sequence[str],
+    non_target: Sequence[str],
+) -> Facts:
+    runs = list(results.values())
+    pooled = compare(before, mean_evaluation(list(evaluations.values())), target, non_target, confidence=CONFIDENCE)
+    masks = [run["masks"] for run in runs if run["masks"] is not None]
+    return {
+        "title": arm.title,
+        "kind": arm.kind,
+        "options": runs[0]["settings"]["options"],
+        "training": runs[0]["settings"]["training"],
+        "lora": runs[0]["settings"]["lora"],
+        "data": arm.data,
+        "seeds": sorted(results),
+        "threshold": masks[0].get("threshold") if masks else None,
+        "masked_fraction": spread([mask["masked_fraction"] for mask in masks]),
+        "ti": _mean_facts(pooled, "ti", runs),
+        "bwt": _mean_facts(pooled, "bwt", runs),
+        "verdict": pooled.verdict,
+        "why": pooled.why,
+        "tasks": {
+            change.task: {"score": change.after, "change": change.change, "interval": _ends(change.interval)}
+            for change in pooled.tasks
+        },
+        "drift": spread([run["drift"]["nats_per_token"] for run in runs]),
+        "weight_change_l2": spread([run["weight_change_l2"] for run in runs]),
+        "training_seconds": spread([run["seconds"]["training"] for run in runs]),
+        "scoring_seconds": spread([run["seconds"]["scoring"] for run in runs if run["scoring"] == "made"]),
+        "steps": runs[0]["steps"],
+        "answers_perplexity": {name: runs[0]["answers_perplexity"][name] for name in ("mean", "std", "pooled")},
+        "final_loss": [run["losses"][-1][1] if run["losses"] else None for run in runs],
+        "notes": list(pooled.notes),
+    }
+
+
+def mean_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """One evaluation of several seeds of an arm: the mean of each score, and of each document's.
+
+    Its documents are those of one model, so an interval of it covers the choice of documents and not that of seeds.
+    """
+    if len(evaluations) == 1:
+        return evaluations[0]
+    tasks = {}
+    for name, score in evaluations[0].tasks.items():
+        others = [evaluation.tasks[name] for evaluation in evaluations]
+        samples = None
+        if all(other.samples is not None for other in others):
+            samples = {
+                key: float(np.mean([(other.samples or {})[key] for other in others])) for key in score.samples or {}
+            }
+        tasks[name] = score._replace(score=float(np.mean([other.score for other in others])), samples=samples)
+    return evaluations[0]._replace(tasks=tasks)
+
+
+def spread(values: Sequence[Any]) -> Facts | None:
+    """Mean, lowest and highest of numbers; None where there are none, or one is infinite or no number."""
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if not numbers or len(numbers) < len(values):
+        return None
+    return {"mean": float(np.mean(numbers)), "low": min(numbers), "high": max(numbers)}
+
+
+def _mean_facts(pooled: Comparison, name: str, runs: Sequence[Facts]) -> Facts:
+    mean = getattr(pooled, name)
+    return {"mean": mean.value, "interval": _ends(mean.interval), "of_seeds": [run[name] for run in runs]}
+
+
+def _contrast_facts(result: Contrast) -> Facts:
+    return result._asdict() | {"interval": _ends(result.interval), "num_seeds": list(result.num_seeds)}
+
+
+def _ends(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else list(interval)
+
+
+def _score_facts(evaluation: Evaluation, task: str) -> Facts:
+    score = evaluation.tasks[task]
+    return {"score": score.score, "metric": score.metric, "documents": score.num_samples}
+
+
+def _environments(results: Sequence[Facts]) -> list[Facts]:
+    """Where and with what the results were made, each once, with how many they are."""
+    found: list[Facts] = []
+    for result in results:
+        facts = {name: result[name] for name in ("versions", "machine", "commit")}
+        for one in found:
+            if {name: one[name] for name in facts} == facts:
+                one["results"] += 1
+                one["dates"] = [min(one["dates"][0], result["date"]), max(one["dates"][1], result["date"])]
+                break
+        else:
+            found.append(facts | {"results": 1, "dates": [result["date"], result["date"]]})
+    return found
