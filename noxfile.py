@@ -83,4 +83,6 @@ def install_axolotl(session, release):
 
 
 def install_stack(session, stack):
-    session.install("-c", f"constraints/trl-{stack}.txt", "-e", ".[deepspeed,demo,qlora,test]", f"trl~={stack}.0")
+    session.install(
+        "-c", f"constraints/trl-{stack}.txt", "-e", ".[deepspeed,demo,forgetting,qlora,test]", f"trl~={stack}.0"
+    )

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from . import __version__, inspection, sweep
 from .demo import run as demo
+from .experiment import command as experiment
+from .forgetting import command as forgetting
+from .measures import command as measure
 from .report import command as report
 from .scored import names_a_model
 
@@ -19,6 +22,9 @@ examples:
   stm score --config run.yaml  score ahead, and see what thresholds would mask; `stm sft` then finds the scores
   stm score --verify FOLDER    check stored scores; --info FOLDER says what they are
   stm inspect OUTPUT_FOLDER    see what a run masked, row by row; `stm sweep`, `stm report` take the same
+  stm forgetting --tuned ADAPTER --target gsm8k --non-target ifeval arc_challenge    what it gained, what it forgot
+  stm measure drift --tuned ADAPTER                                                  the same without a benchmark
+  stm experiment CONFIG --data FOLDER    train and measure many ways of fine-tuning, one after the other
 """
 
 
@@ -41,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         from .score_command import main as score
 
         return score(arguments[1:])
-    scores_now = arguments[:1] != ["demo"] and names_a_model(arguments)
+    scores_now = arguments[:1] in (["inspect"], ["sweep"], ["report"]) and names_a_model(arguments)
     parser = make_parser(scores_now)
     args, rest = parser.parse_known_args(arguments)
     if rest and not scores_now:
@@ -77,6 +83,14 @@ def make_parser(scores_now: bool = False) -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         module.add_arguments(command, scores_now)
+        command.set_defaults(run=functools.partial(_told, module.main))
+    for name, module, text in (
+        ("forgetting", forgetting, "compare a tuned model with its initial one: target gained, the rest forgotten"),
+        ("measure", measure, "drift, weight change, diversity and perplexity, each on its own"),
+        ("experiment", experiment, "train and measure the arms of an experiment; a table of what came out"),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        module.add_arguments(command)
         command.set_defaults(run=functools.partial(_told, module.main))
     return parser
 

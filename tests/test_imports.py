@@ -40,6 +40,10 @@ LIGHT_MODULES = [
     ".sweep",
     ".inspection",
     ".report.command",
+    ".sandbox",
+    ".forgetting.command",
+    ".measures.command",
+    ".experiment.command",
     ".cli",
 ]
 
@@ -119,9 +123,12 @@ def test_every_module_can_be_imported(path):
     pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("trl", reason="trl is not installed")
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    if name.startswith("stm_plugin.demo"):
-        for package in ("matplotlib", "gguf"):
-            pytest.importorskip(package, reason=f"{package}, of the extra 'demo', is not installed")
+    for part, extra, packages in (
+        ("stm_plugin.demo", "demo", ("matplotlib", "gguf")),
+        ("stm_plugin.tasks", "forgetting", ("lm_eval",)),
+    ):
+        for package in packages if name.startswith(part) else ():
+            pytest.importorskip(package, reason=f"{package}, of the extra {extra!r}, is not installed")
     if name == "stm_plugin.axolotl.plugin":
         pytest.importorskip("axolotl", reason="axolotl is not installed")
     importlib.import_module(name)
@@ -156,9 +163,9 @@ def test_imports_are_found_wherever_they_are():
     assert len(MODULES) > 15
 
 
-def test_only_the_trl_shell_knows_trl():
-    found = {name for name in modules_that_import("trl") if not name.startswith("demo/")}
-    assert found <= {"trl.py", "sft.py"}
+def test_only_the_trainers_and_those_who_train_know_trl():
+    found = {name for name in modules_that_import("trl") if not name.startswith(("demo/", "experiment/"))}
+    assert found <= {"trl.py", "kl.py", "sft.py", "measures/perplexity.py"}
     assert "trl.py" in found
 
 
