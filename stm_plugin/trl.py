@@ -1,4 +1,4 @@
-"""Selective Token Masking for TRL: `STMSFTConfig` and `STMSFTTrainer`. The only module that puts STM into TRL's trainer."""
+"""Selective Token Masking for TRL: `STMSFTConfig` and `STMSFTTrainer`. Here STM is put into TRL's trainer."""
 
 import functools
 import inspect
