@@ -659,7 +659,8 @@ def test_a_process_ends_with_its_parent(tmp_path):
 
 def test_ctrl_c_ends_the_process_and_is_told(tmp_path):
     child = "import time; open('started', 'w'); time.sleep(60)"
-    parent = "import sys; from pathlib import Path; from stm_plugin.experiment.run import _wait\n"
+    parent = "import signal, sys; from pathlib import Path; from stm_plugin.experiment.run import _wait\n"
+    parent += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test in the background ignores it
     parent += f"try: _wait([sys.executable, '-c', {child!r}], Path('log'), append=False)\n"
     parent += "except KeyboardInterrupt: sys.exit(130)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -261,7 +261,7 @@ def test_packed_documents_see_nothing_of_each_other(llama):
 def test_padding_changes_nothing(llama):
     """A short document beside a long one, whatever token pads it: token 0 is an ordinary one here."""
     short, long = make_documents(lengths=[4], seed=1, share=1.0), make_documents(lengths=[33], seed=2, share=1.0)
-    both = Documents(
+    both = Documents.of(
         np.concatenate([short.input_ids, long.input_ids]),
         np.concatenate([short.labels, long.labels]),
         np.array([0, 4, 37]),

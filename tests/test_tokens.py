@@ -64,7 +64,7 @@ def classes_of(*texts, stop=()):
     labels = ids.copy()
     labels[0] = IGNORE
     offsets = np.array([0, len(ids)])
-    documents = Documents(ids, labels, offsets, offsets)
+    documents = Documents.of(ids, labels, offsets, offsets)
     found = token_classes(documents, dict(enumerate(["", *texts])), [1 + texts.index(text) for text in stop])
     return [TOKEN_CLASSES[index] for index in found]
 

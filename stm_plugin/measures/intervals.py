@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 _DRAWS_PER_BLOCK = 2**22
 """Draws that are in memory at once."""
 
@@ -28,6 +26,8 @@ def ratio_interval(
     Returns:
         Lower and upper end; None for fewer than two prompts, which say nothing about their spread.
     """
+    import numpy as np
+
     if len(sums) < 2:
         return None
     numerators, denominators = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
