@@ -39,6 +39,11 @@ def _without_count(example: Any) -> Any:
     return {name: value for name, value in example.items() if name != MASKED_COLUMN}
 
 
+def num_predicted(batch: dict[str, Any]) -> torch.Tensor:
+    """Labels of a batch that the loss is over; nothing predicts position 0."""
+    return (batch["labels"][..., 1:] != IGNORE_INDEX).sum()
+
+
 def check_collator(collator: Collator, rows: list[dict[str, Any]], masked: list[np.ndarray]) -> None:
     """Check that a collator keeps the masks of some rows.
 

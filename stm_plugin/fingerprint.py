@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
-from .scoring import causal_lm
+from .scoring import Autocast, causal_lm
 from .sharding import whole
 
 _NOT_THE_FUNCTION = {
@@ -70,6 +70,12 @@ def weights_dtype(model: torch.nn.Module) -> str:
     """Dtypes of the floating-point weights that the function depends on, sorted and joined by commas."""
     weights = (tensor for _, tensor in effective_tensors(model) if isinstance(tensor, torch.nn.Parameter))
     return ",".join(sorted({str(weight.dtype) for weight in weights if weight.is_floating_point()}))
+
+
+def autocast_dtype(autocast: Autocast, device: torch.device) -> str:
+    """Dtype that a model's forward is autocast to on a device; `"none"` where it is not."""
+    with autocast():
+        return str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "none"
 
 
 def quantization(model: torch.nn.Module) -> str:

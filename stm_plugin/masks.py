@@ -3,13 +3,17 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .constants import IGNORE_INDEX
+from .constants import IGNORE_INDEX, MASKED_COLUMN
 from .documents import Documents
 from .options import STMOptions
 from .selection import check_scores, fraction_threshold_nats, perplexity, select_masked
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,23 @@ class LiveTotals:
         self.stop_tokens += stop_tokens
         self.stop_tokens_masked += stop_tokens_masked
         self.threshold_nats = threshold_nats
+
+
+def check_unmasked(dataset: Any) -> None:
+    """Raise ValueError for a data set that STM has masked already."""
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset) and MASKED_COLUMN in dataset.column_names:
+        raise ValueError(
+            f"The training set has been masked by STM already (it has a column {MASKED_COLUMN!r}): masking it again "
+            "would leave out what other scores chose. Give the data set as it was before."
+        )
+
+
+def unmasked_documents(dataset: "Dataset") -> Documents:
+    """Documents of a data set that STM has not masked yet; ValueError for one that it has."""
+    check_unmasked(dataset)
+    return Documents.from_dataset(dataset)
 
 
 def make_masks(documents: Documents, nll: np.ndarray, options: STMOptions, stop_token_ids: set[int]) -> Masks:

@@ -312,10 +312,10 @@ def test_prepared_data_is_shared_with_plain_runs_and_never_changed(make_config, 
 
 
 def test_another_threshold_seed_or_adapter_makes_no_second_pass(make_config, monkeypatch):
-    import stm_plugin.mixin
+    import stm_plugin.engine
 
     train(make_config(**STM, **LORA))
-    monkeypatch.setattr(stm_plugin.mixin, "score", lambda *args, **kwargs: pytest.fail("scored again"))
+    monkeypatch.setattr(stm_plugin.engine, "Scorer", lambda *args, **kwargs: pytest.fail("scored again"))
     train(make_config(**STM | {"stm_threshold": 100.0}, **LORA | {"lora_r": 8}, seed=7, sample_packing=True))
 
 
@@ -416,7 +416,7 @@ def test_live_perplexity_of_the_first_step_masks_what_the_initial_one_does(keys,
     assert losses(live) == losses(initial)
     facts = receipt(tmp_path / "live")
     assert facts["reference"] == "current"
-    assert 0 < live._stm_totals.masked_tokens < live._stm_totals.label_tokens
+    assert 0 < live._stm_masking.totals.masked_tokens < live._stm_masking.totals.label_tokens
     assert not (tmp_path / "live" / "scores").exists()
 
 
@@ -457,7 +457,7 @@ def test_scoring_ahead_leaves_the_scores_where_training_finds_them(make_config, 
     from axolotl_helpers import write_config
     from click.testing import CliRunner
 
-    import stm_plugin.mixin
+    import stm_plugin.engine
     from stm_plugin.axolotl.score import stm_score
 
     config = make_config(**STM, **LORA)
@@ -465,6 +465,6 @@ def test_scoring_ahead_leaves_the_scores_where_training_finds_them(make_config, 
     assert done.exit_code == 0
     assert "label tokens in 12 rows; quantiles of their perplexity" in done.output
     assert "so does stm_mask_fraction: 0.22" in done.output
-    monkeypatch.setattr(stm_plugin.mixin, "score", lambda *args, **kwargs: pytest.fail("scored again"))
+    monkeypatch.setattr(stm_plugin.engine, "Scorer", lambda *args, **kwargs: pytest.fail("scored again"))
     trainer = train(config)
     assert trainer.state.global_step > 0

@@ -105,7 +105,7 @@ def _live_run(folder, out, **options):
         "items": [float(items) for items in made.items],
         "kept": [int((batch["labels"][..., 1:] != IGNORE).sum()) for batch in made.batches],
         "log": [entry for entry in made.state.log_history if "loss" in entry],
-        "totals": vars(made._stm_totals),
+        "totals": vars(made._stm_masking.totals),
     }
 
 

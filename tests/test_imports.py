@@ -1,10 +1,12 @@
 """What importing costs, what is public, and which module may know which host."""
 
 import ast
+import graphlib
 import importlib
 import json
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,27 @@ def test_only_the_trainers_and_those_who_train_know_trl():
 
 def test_only_the_axolotl_package_knows_axolotl():
     assert modules_that_import("axolotl") == {"axolotl/plugin.py", "axolotl/score.py"}
+
+
+def siblings_of(source: str, package: str) -> set[str]:
+    """Names of the package's own modules that some code imports as it is imported itself."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_modules_import_one_another_in_no_circle():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
+    graph = {
+        name: siblings_of(path.read_text(encoding="utf-8"), name.rpartition(".")[0]) & modules.keys()
+        for name, path in modules.items()
+    }
+    assert "stm_plugin.host" in graph["stm_plugin.ahead"]
+    assert "stm_plugin.mixin" in graph["stm_plugin.axolotl.trainer"]
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_only_compat_compares_versions():

@@ -40,10 +40,16 @@ class KeepsWhatCame(RecordingSTM):
         self.steps = []
         super().__init__(*args, **kwargs)
 
-    def _stm_mask_live(self, batches):
-        before = [{k: v.clone() for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
-        self.steps.append((weights(self.model), before))
-        return super()._stm_mask_live(batches)
+    def _stm_setup(self):
+        super()._stm_setup()
+        prepare = self._stm_masking.prepare_step
+
+        def keeping(batches, device):
+            before = [{k: v.clone() for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
+            self.steps.append((weights(self.model), before))
+            return prepare(batches, device)
+
+        self._stm_masking.prepare_step = keeping
 
 
 def _nll(model, documents):
@@ -307,6 +313,20 @@ def test_a_step_without_label_tokens_masks_nothing(tokenizer, make_model, tmp_pa
     masked = [entry["stm/masked_fraction"] for entry in trainer.state.log_history if "loss" in entry]
     assert masked[0] > 0
     assert masked[1] == 0
+
+
+def test_the_reference_may_change_to_one_that_is_scored_ahead_and_not_back(tokenizer, make_model, chats, tmp_path):
+    trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path, stm_threshold=TAU, max_steps=2, **CURRENT)
+    trainer.train()
+    trainer.args.stm_reference = "initial"
+    trainer.train()
+    receipt = json.loads((tmp_path / "stm.json").read_text())
+    assert receipt["reference"] == "initial"
+    masked = sum(row["stm_masked_tokens"] for row in trainer.train_dataset)
+    assert 0 < masked == receipt["masked_tokens"] < receipt["label_tokens"]
+    trainer.args.stm_reference = "current"
+    with pytest.raises(ValueError, match="stm_reference changed to 'current' after the training set was masked"):
+        trainer.train()
 
 
 def test_masked_stop_tokens_are_warned_of_once(tokenizer, make_model, chats, tmp_path, caplog):
