@@ -376,7 +376,7 @@ class STMTrainerMixin(_Host):
             scores = score(
                 self.model,
                 plan,
-                tokens_per_batch=options.stm_tokens_per_batch,
+                tokens_per_batch=options.tokens_per_batch(self.args.device.type),
                 autocast=self.accelerator.autocast,
                 agree=agree,
                 progress=False,
@@ -522,7 +522,7 @@ class STMTrainerMixin(_Host):
                 key,
                 plan,
                 model,
-                tokens_per_batch=options.stm_tokens_per_batch,
+                tokens_per_batch=options.tokens_per_batch(self.args.device.type),
                 autocast=autocast,
                 ranks=self._stm_ranks,
                 progress=self.is_world_process_zero() and not self.args.disable_tqdm,

@@ -43,7 +43,7 @@ def score_dataset(
     model: PreTrainedModel | str,
     dataset: "Dataset",
     *,
-    tokens_per_batch: int = STMOptions.stm_tokens_per_batch,
+    tokens_per_batch: int | None = None,
     progress: bool = True,
 ) -> list[np.ndarray]:
     """Score a tokenized data set with a model as it stands (adapters included), in eval mode.
@@ -52,7 +52,7 @@ def score_dataset(
         model: Causal language model, or the path or id of one, loaded in its checkpoint's dtype.
         dataset: Rows of `input_ids`, and where they have them `labels` (-100 where the loss is off; without the column
             every token is a label) and `seq_lengths` (packed documents, scored one by one).
-        tokens_per_batch: Most tokens of one forward pass, padding included.
+        tokens_per_batch: Most tokens of one forward pass, padding included; None for what suits the device.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -78,7 +78,7 @@ def score(
     model: PreTrainedModel,
     plan: ScorePlan,
     *,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None = None,
     autocast: Autocast = nullcontext,
     agree: Agree | None = None,
     progress: bool = True,
@@ -88,7 +88,7 @@ def score(
     Args:
         model: Causal language model, with or without adapters.
         plan: Documents to score.
-        tokens_per_batch: Most tokens of one forward pass, padding included.
+        tokens_per_batch: As for `score_dataset`.
         autocast: Makes the context of the forward pass, that of training.
         agree: As for `Scorer`.
         progress: Whether to show a progress bar.
@@ -97,7 +97,8 @@ def score(
         NLL in nats in the plan's order, shape `(plan.num_scores,)`, float32.
     """
     scorer = Scorer(model, plan, autocast, agree)
-    batches = plan.batches(tokens_per_batch)
+    options = STMOptions(stm_tokens_per_batch=tokens_per_batch)
+    batches = plan.batches(options.tokens_per_batch(causal_lm(model).device.type))
     with progress_bar(plan.num_tokens(batches), shown=progress) as bar:
         parts = scorer.score(batches, bar.update)
     return np.concatenate([np.zeros(0, np.float32), *parts])
