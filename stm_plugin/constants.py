@@ -6,6 +6,12 @@ IGNORE_INDEX = -100
 DEFAULT_THRESHOLD = 2.5
 """Perplexity above which a label token is masked (the paper's tau)."""
 
+TOKENS_PER_BATCH = 4096
+"""Most tokens of one forward pass while scoring on an accelerator, unless an option says otherwise."""
+
+TOKENS_PER_BATCH_ON_CPU = 1024
+"""The same on a CPU, whose caches larger batches outgrow."""
+
 SCORES_FORMAT_VERSION = 3
 """Version of the scores folder's layout; part of every key."""
 

@@ -118,7 +118,7 @@ class MaskingLive:
         scores = score(
             host.model,
             plan,
-            tokens_per_batch=host.options.stm_tokens_per_batch,
+            tokens_per_batch=host.options.tokens_per_batch(host.device.type),
             autocast=host.autocast,
             agree=host.ranks.largest if is_sharded(host.model) else None,
             progress=False,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
-from .constants import DEFAULT_THRESHOLD
+from .constants import DEFAULT_THRESHOLD, TOKENS_PER_BATCH, TOKENS_PER_BATCH_ON_CPU
 
 STRATEGIES = ("high", "low", "random")
 REFERENCE_INITIAL = "initial"
@@ -71,10 +71,11 @@ class STMOptions:
             "`$STM_HOME`, or in `~/.cache/stm_plugin`."
         },
     )
-    stm_tokens_per_batch: int = field(
-        default=4096,
+    stm_tokens_per_batch: int | None = field(
+        default=None,
         metadata={
-            "help": "Most tokens, padding included, of one forward pass while scoring (a longer row goes alone).",
+            "help": "Most tokens, padding included, of one forward pass while scoring (a longer row goes alone). "
+            f"Unset, it means {TOKENS_PER_BATCH:,}, on a CPU {TOKENS_PER_BATCH_ON_CPU:,}.",
             "aliases": ["--tokens_per_batch", "--tokens-per-batch"],  # of the command line
         },
     )
@@ -92,6 +93,12 @@ class STMOptions:
         if self.stm_mask_fraction is not None:
             return None
         return DEFAULT_THRESHOLD if self.stm_threshold is None else self.stm_threshold
+
+    def tokens_per_batch(self, device_type: str) -> int:
+        """Effective `stm_tokens_per_batch` on a kind of device, as torch names it."""
+        if self.stm_tokens_per_batch is not None:
+            return self.stm_tokens_per_batch
+        return TOKENS_PER_BATCH_ON_CPU if device_type == "cpu" else TOKENS_PER_BATCH
 
     def plain_reference_kwargs(self) -> dict[str, Any] | str | None:
         """`stm_reference_kwargs` as what JSON can hold, a config of transformers as its dictionary."""
@@ -167,10 +174,9 @@ class STMOptions:
             or self.stm_scores_dir == ""
         ):
             raise ValueError(f"stm_scores_dir must be the path of a folder, got {self.stm_scores_dir!r}.")
-        if _not_a(Integral, self.stm_tokens_per_batch) or self.stm_tokens_per_batch < 1:
-            raise ValueError(
-                f"stm_tokens_per_batch must be a positive number of tokens, got {self.stm_tokens_per_batch!r}."
-            )
+        tokens = self.stm_tokens_per_batch
+        if tokens is not None and (_not_a(Integral, tokens) or tokens < 1):
+            raise ValueError(f"stm_tokens_per_batch must be a positive number of tokens, got {tokens!r}.")
 
 
 def option_names() -> list[str]:

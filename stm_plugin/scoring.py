@@ -22,6 +22,7 @@ from .constants import IGNORE_INDEX
 from .documents import Documents
 from .options import STMOptions
 from .plan import ScorePlan
+from .prefix import last_hidden_states, most_to_share, shared_prefix
 from .sharding import whole
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def score_dataset(
     model: PreTrainedModel | str,
     dataset: "Dataset",
     *,
-    tokens_per_batch: int = STMOptions.stm_tokens_per_batch,
+    tokens_per_batch: int | None = None,
     progress: bool = True,
 ) -> list[np.ndarray]:
     """Score a tokenized data set with a model as it stands (adapters included), in eval mode.
@@ -52,7 +53,7 @@ def score_dataset(
         model: Causal language model, or the path or id of one, loaded in its checkpoint's dtype.
         dataset: Rows of `input_ids`, and where they have them `labels` (-100 where the loss is off; without the column
             every token is a label) and `seq_lengths` (packed documents, scored one by one).
-        tokens_per_batch: Most tokens of one forward pass, padding included.
+        tokens_per_batch: Most tokens of one forward pass, padding included; None for what suits the device.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -78,7 +79,7 @@ def score(
     model: PreTrainedModel,
     plan: ScorePlan,
     *,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None = None,
     autocast: Autocast = nullcontext,
     agree: Agree | None = None,
     progress: bool = True,
@@ -88,7 +89,7 @@ def score(
     Args:
         model: Causal language model, with or without adapters.
         plan: Documents to score.
-        tokens_per_batch: Most tokens of one forward pass, padding included.
+        tokens_per_batch: As for `score_dataset`.
         autocast: Makes the context of the forward pass, that of training.
         agree: As for `Scorer`.
         progress: Whether to show a progress bar.
@@ -97,7 +98,8 @@ def score(
         NLL in nats in the plan's order, shape `(plan.num_scores,)`, float32.
     """
     scorer = Scorer(model, plan, autocast, agree)
-    batches = plan.batches(tokens_per_batch)
+    options = STMOptions(stm_tokens_per_batch=tokens_per_batch)
+    batches = plan.batches(options.tokens_per_batch(causal_lm(model).device.type))
     with progress_bar(plan.num_tokens(batches), shown=progress) as bar:
         parts = scorer.score(batches, bar.update)
     return np.concatenate([np.zeros(0, np.float32), *parts])
@@ -313,19 +315,25 @@ def _score_batch(
     width = int(lengths.max(initial=1))
     # Right padding only, so that no mask is needed: a causal model's real tokens never attend to what follows them.
     input_ids = np.zeros((max(1, len(batch)), width), dtype=np.int64)
-    predicting, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    rows, predicting, labels = ([np.zeros(0, np.int64)] for _ in range(3))
     for row, (member, length) in enumerate(zip(plan.members[batch.start : batch.stop], lengths, strict=True)):
         start = documents.document_offsets[member]
         input_ids[row, :length] = documents.input_ids[start : start + length]
         positions = np.flatnonzero(documents.label_mask[start : start + length + 1])
-        predicting.append(row * width + positions - 1)  # the token at t is predicted at t - 1
+        rows.append(np.full(len(positions), row))
+        predicting.append(positions - 1)  # the token at t is predicted at t - 1
         labels.append(documents.labels_at(start + positions))
     lm = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
+    needed = np.concatenate(predicting)
+    prefix = 0
+    if num_slices is None and len(batch) > 1:
+        prefix = shared_prefix(input_ids, min(int(needed.min()), most_to_share(lm)))
     with autocast():  # at its end the copies that it made of weights are freed
-        hidden_states = lm.base_model(input_ids=torch.from_numpy(input_ids).to(device), use_cache=False)[0]
-    index = torch.from_numpy(np.concatenate(predicting)).to(hidden_states.device)
-    hidden_states = hidden_states.flatten(0, 1).index_select(0, index)
+        hidden_states = last_hidden_states(lm, torch.from_numpy(input_ids).to(device), prefix)
+    skipped = width - hidden_states.shape[1]
+    index = np.concatenate(rows) * hidden_states.shape[1] + needed - skipped
+    hidden_states = hidden_states.flatten(0, 1).index_select(0, torch.from_numpy(index).to(hidden_states.device))
     label_ids = torch.from_numpy(np.concatenate(labels).astype(np.int64))
     # A head whose weight is shared out among processes is not to be touched.
     with autocast(), _head_cast_once(lm) if num_slices is None else nullcontext():

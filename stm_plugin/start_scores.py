@@ -80,7 +80,7 @@ class StartScores:
                 key,
                 plan,
                 model,
-                tokens_per_batch=options.stm_tokens_per_batch,
+                tokens_per_batch=options.tokens_per_batch(self._host.device.type),
                 autocast=autocast,
                 ranks=self._host.ranks,
                 progress=self._host.shows_progress,

@@ -161,10 +161,9 @@ def measure(name: str, dtype: str, num_rows: int, pairs: int, chats_file: str = 
 
 def run_scoring(model, plan):
     """What STM does."""
-    from stm_plugin.options import STMOptions
     from stm_plugin.scoring import score
 
-    return score(model, plan, tokens_per_batch=STMOptions.stm_tokens_per_batch, progress=False)
+    return score(model, plan, progress=False)
 
 
 def run_backbone(model, plan, head: bool) -> None:
@@ -176,7 +175,7 @@ def run_backbone(model, plan, head: bool) -> None:
 
     documents = plan.documents
     with torch.no_grad():
-        for batch in plan.batches(STMOptions.stm_tokens_per_batch):
+        for batch in plan.batches(STMOptions().tokens_per_batch(model.device.type)):
             lengths = plan.lengths[batch.start : batch.stop]
             input_ids = np.zeros((len(batch), int(lengths.max())), dtype=np.int64)
             predicting = []

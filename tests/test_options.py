@@ -49,7 +49,7 @@ def test_names_and_defaults_are_frozen():
         "stm_seed": 0,
         "stm_keep_stop_tokens": False,
         "stm_scores_dir": None,
-        "stm_tokens_per_batch": 4096,
+        "stm_tokens_per_batch": None,
         "stm_report": False,
     }
     STMOptions().check()
@@ -192,9 +192,15 @@ def test_bad_keep_stop_tokens(value):
     refused(f"{KEEP_STOP_TOKENS}{value!r}.", stm_keep_stop_tokens=value)
 
 
-@pytest.mark.parametrize("value", [0, -4096, 4096.0, "4096", None, True, math.inf, math.nan], ids=repr)
+@pytest.mark.parametrize("value", [0, -4096, 4096.0, "4096", True, math.inf, math.nan], ids=repr)
 def test_bad_tokens_per_batch(value):
     refused(f"{TOKENS_PER_BATCH}{value!r}.", stm_tokens_per_batch=value)
+
+
+def test_tokens_per_batch_in_force():
+    STMOptions(stm_tokens_per_batch=None).check()
+    assert [STMOptions().tokens_per_batch(device) for device in ("cpu", "cuda", "mps")] == [1024, 4096, 4096]
+    assert STMOptions(stm_tokens_per_batch=7).tokens_per_batch("cpu") == 7
 
 
 @pytest.mark.parametrize("value", ["", 3, True, ["scores"]], ids=repr)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..constants import IGNORE_INDEX
-from ..options import STMOptions
 from ..selection import check_scores, perplexity
 from .inputs import Row, as_chat
 
@@ -90,7 +89,7 @@ def measure_perplexity(
     *,
     max_length: int | None = None,
     paired: bool = False,
-    tokens_per_batch: int = STMOptions.stm_tokens_per_batch,
+    tokens_per_batch: int | None = None,
     progress: bool = False,
 ) -> dict[str, PerplexitySummary]:
     """Perplexity of the answers of data sets under a model, adapters included, in eval mode.
