@@ -134,9 +134,11 @@ class MaskingAhead:
                     "training set was scored. Make a new trainer for it."
                 )
             source, plan, nll, key = run.source, run.plan, run.nll, run.key
+            rows_file = run.receipt["documents_file"]
         else:
             source = run.source if run is not None and masked_before else host.train_dataset
             plan = ScorePlan.of(unmasked_documents(source))
+            rows_file = host.ranks.from_main(lambda: self._keep_documents(source, plan))  # before scores take memory
             if checkpoint is None:
                 key, scores, origin = self._scores.find_or_make(plan)
             else:
@@ -146,19 +148,25 @@ class MaskingAhead:
         if run is not None and masked_before and options == run.options and key == run.key:
             return run, origin
         try:
-            return self._apply(options, source, plan, nll, key), origin
+            return self._apply(options, source, plan, nll, key, rows_file), origin
         except ValueError as error:
             if not host.only_scores:
                 raise
             # What training would refuse can be looked at all the same, to choose another threshold.
             host.warn("Training with these options would stop: %s", error)
             everything_kept = replace(options, stm_threshold=math.inf, stm_mask_fraction=None)
-            return self._apply(everything_kept, source, plan, nll, key), origin
+            return self._apply(everything_kept, source, plan, nll, key, rows_file), origin
 
     def _apply(
-        self, options: STMOptions, source: "Dataset", plan: ScorePlan, nll: np.ndarray, key: ScoresKey
+        self,
+        options: STMOptions,
+        source: "Dataset",
+        plan: ScorePlan,
+        nll: np.ndarray,
+        key: ScoresKey,
+        rows_file: str | None,
     ) -> MaskedRun:
-        """What options mask of a scored data set, with its receipt; its rows are kept for who would look at them."""
+        """What options mask of a scored data set, with its receipt, which names the file that its rows are kept in."""
         host = self._host
         masks = make_masks(plan.documents, nll, options, host.stop_token_ids)
         if masks.rows_without_kept_tokens and not host.loss_takes_count:
@@ -177,7 +185,7 @@ class MaskingAhead:
             autocast=key.autocast,
             normalization=host.normalization,
             model=host.model_name if options.stm_reference == REFERENCE_INITIAL else options.stm_reference,
-            documents_file=host.ranks.from_main(lambda: self._keep_documents(source, plan)),
+            documents_file=rows_file,
         )
         return MaskedRun(options, source, plan, nll, key, masks, receipt)
 
