@@ -42,6 +42,8 @@ def most_to_share(lm: PreTrainedModel) -> int:
     some models have one that they do not slide.
     """
     config = lm.config
+    if getattr(config, "is_heterogeneous", False):  # sizes that differ from layer to layer
+        return 0
     heads = getattr(config, "num_attention_heads", None)
     rotations = str(getattr(config, "rope_parameters", None))
     if (

@@ -290,6 +290,9 @@ def test_what_cannot_go_on_from_a_prefix():
     assert most_to_share(small("Mamba", state_size=4)) == 0
     rwkv = transformers.RwkvConfig(vocab_size=VOCAB_SIZE, hidden_size=48, num_hidden_layers=2)
     assert most_to_share(transformers.RwkvForCausalLM(rwkv)) == 0
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 6}
+    gemma4 = transformers.Gemma4TextConfig(**sizes, vocab_size_per_layer_input=VOCAB_SIZE)
+    assert most_to_share(transformers.Gemma4ForCausalLM(gemma4)) == 0
     assert most_to_share(make_model("Mistral", sliding_window=1)) == 0
     strange = make_model()
     strange.model.__class__ = type("Strange", (transformers.LlamaModel,), {})
