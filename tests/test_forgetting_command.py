@@ -201,6 +201,7 @@ def test_an_adapter_is_compared_with_its_base(model_folders, harness, capsys, tm
 
 
 def test_a_whole_model_needs_its_initial_one(model_folders, harness, tmp_path):
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     with pytest.raises(ValueError, match=r"whole is a whole model: name the one .* with --initial MODEL"):
         run("--tuned", model_folders["whole"], "--target", "arc")
     run("--tuned", model_folders["whole"], "--initial", model_folders["initial"], "--target", "arc")
