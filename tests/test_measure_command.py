@@ -84,6 +84,20 @@ def test_drift_of_a_model_with_itself_on_the_default_prompts(place, capsys):
     assert facts["interval_95"] == [0, 0]
 
 
+def test_drift_of_an_adapter_from_the_model_that_it_names(place, capsys):
+    values = []
+    for initial in ([], ["--initial", "initial"]):
+        flags = ["--tuned", "adapter", "--prompts", "prompts.txt", "--max-new-tokens", "3", "--json", "o"]
+        assert measure("drift", *flags, *initial) == 0
+        facts = json.loads((place / "o").read_text())
+        values.append((facts["nats_per_token"], facts["initial"]))
+    assert values[0] == values[1]
+    assert values[0][1] == "initial"
+    assert values[0][0] > 0.01
+    with pytest.raises(ValueError, match=r"tuned is a whole model, .* name the model with --initial"):
+        measure("drift", "--tuned", "tuned")
+
+
 def test_prompts_of_every_form(place, capsys):
     rows = [
         {"prompt": "Sort it."},

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from .._compat import missing_extra
 from ..tokens import visible
-from .inputs import DTYPES, LoadedModel, as_chat, is_adapter, load_model, read_prompts, read_rows, read_samples
+from .inputs import (
+    DTYPES,
+    LoadedModel,
+    as_chat,
+    base_of,
+    is_adapter,
+    load_model,
+    read_prompts,
+    read_rows,
+    read_samples,
+)
 
 if TYPE_CHECKING:
     from .drift import Prompt
@@ -61,10 +71,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _add_drift(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--initial", required=True, metavar="MODEL", help="the model before training")
-    parser.add_argument(
-        "--tuned", required=True, metavar="MODEL", help="the model after training, or an adapter for the initial one"
-    )
+    _add_tuned_and_initial(parser)
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help=f"{_PROMPTS_HELP} (default: 24 general questions)"
     )
@@ -81,16 +88,17 @@ def _drift(args: argparse.Namespace) -> dict[str, Any]:
     from .drift import greedy_answers, measure_drift
 
     prompts: Sequence[Prompt] = GENERAL_PROMPTS if args.prompts is None else read_prompts(args.prompts)
-    initial = _load(args, args.initial)
+    initial_name = _initial(args)
+    initial = _load(args, initial_name)
     answers = greedy_answers(initial.model, initial.tokenizer, prompts, args.max_new_tokens, args.batch_size)
-    tuned = _load(args, args.tuned, base=args.initial)
+    tuned = _load(args, args.tuned, base=initial_name)
     drift = measure_drift(initial.model, tuned.model, answers)
     interval = drift.interval()
     _print_table(
         ["tuned", "initial", "drift (nats/token)", "95 % interval", "prompts", "answer tokens"],
         [
             args.tuned,
-            args.initial,
+            initial_name,
             f"{drift.mean:.4g}",
             _range(interval),
             f"{len(prompts):,}",
@@ -105,7 +113,7 @@ def _drift(args: argparse.Namespace) -> dict[str, Any]:
         plot_drift(drift, [_text(prompt) for prompt in prompts], args.tuned, args.png)
     return {
         "measure": "drift",
-        "initial": args.initial,
+        "initial": initial_name,
         "tuned": args.tuned,
         "nats_per_token": drift.mean,
         "interval_95": interval,
@@ -120,33 +128,21 @@ def _drift(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_weight_change(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tuned", required=True, metavar="MODEL", help="an adapter, or a model after training that was saved whole"
-    )
-    parser.add_argument(
-        "--initial", metavar="MODEL", help="the model before training (default: the one that the adapter names)"
-    )
+    _add_tuned_and_initial(parser)
     _add_model_options(parser, "the initial model")
 
 
 def _weight_change(args: argparse.Namespace) -> dict[str, Any]:
     from .weight_change import adapter_change_norm, change_norm, checkpoint_change_norm
 
-    adapter = is_adapter(args.tuned)
-    if not adapter and args.initial is None:
-        raise ValueError(
-            f"{args.tuned} is a whole model, which does not say what it was before: name the model with --initial."
-        )
-    initial = args.initial
+    adapter, initial = is_adapter(args.tuned), _initial(args)
     if adapter:
-        loaded = _load(args, args.tuned, base=args.initial)
-        initial = initial or loaded.model.active_peft_config.base_model_name_or_path
-        norm = adapter_change_norm(loaded.model)
+        norm = adapter_change_norm(_load(args, args.tuned, base=initial).model)
     elif args.load_in_4bit:
         tuned = load_model(args.tuned, dtype=args.dtype, device=args.device)
-        norm = change_norm(_load(args, args.initial).model, tuned.model)
+        norm = change_norm(_load(args, initial).model, tuned.model)
     else:
-        norm = checkpoint_change_norm(args.initial, args.tuned)
+        norm = checkpoint_change_norm(initial, args.tuned)
     _print_table(["tuned", "initial", "weight change (L2)"], [args.tuned, initial, f"{norm:.6g}"])
     print("\nWeight change: L2 norm of the difference of all weights together.")
     return {
@@ -324,6 +320,26 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
             for (label, summary), path in zip(summaries.items(), args.data, strict=True)
         },
     }
+
+
+def _add_tuned_and_initial(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tuned", required=True, metavar="MODEL", help="an adapter, or a model after training that was saved whole"
+    )
+    parser.add_argument(
+        "--initial", metavar="MODEL", help="the model before training (default: the one that the adapter names)"
+    )
+
+
+def _initial(args: argparse.Namespace) -> str:
+    """The model before training: the one asked for, or else the one that the adapter names."""
+    if args.initial is not None:
+        return args.initial
+    if not is_adapter(args.tuned):
+        raise ValueError(
+            f"{args.tuned} is a whole model, which does not say what it was before: name the model with --initial."
+        )
+    return base_of(args.tuned)
 
 
 def _add_model_options(parser: argparse.ArgumentParser, which: str) -> None:

@@ -131,6 +131,20 @@ def is_adapter(name: str) -> bool:
         raise not_found(name, error) from None
 
 
+def base_of(adapter: str) -> str:
+    """The model that an adapter's config names as the one that it is for.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if not base:
+        raise ValueError(f"the adapter {adapter} does not say which model it is for. Name it with --initial.")
+    return str(base)
+
+
 def load_model(
     name: str,
     *,
@@ -157,11 +171,7 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     adapter = name if is_adapter(name) else None
     if adapter is not None:
-        from peft import PeftConfig
-
-        base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        if not base:
-            raise ValueError(f"the adapter {adapter} does not say which model it is for. Name it with --initial.")
+        base = base or base_of(adapter)
     source = base if adapter is not None and base is not None else name
     options: dict[str, Any] = {"dtype": dtype}
     if load_in_4bit:
