@@ -20,9 +20,13 @@ def check_trl_version() -> None:
         warnings.warn(f"stm-plugin was tested with TRL {first} to {last}, found {installed}.", stacklevel=3)
 
 
-def missing_extra(package: str, extra: str) -> ImportError:
+class MissingExtraError(ImportError):
+    """A package that only some users need is not installed."""
+
+
+def missing_extra(package: str, extra: str) -> MissingExtraError:
     """The error for a package that only some users need."""
-    return ImportError(f'{package} is not installed. Install it with: pip install "stm-plugin[{extra}]"')
+    return MissingExtraError(f'{package} is not installed. Install it with: pip install "stm-plugin[{extra}]"')
 
 
 def counts_predicted_labels(trainer: Any) -> bool:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from . import __version__, inspection, sweep
+from ._compat import MissingExtraError
 from .demo import run as demo
 from .experiment import command as experiment
 from .forgetting import command as forgetting
@@ -100,7 +101,7 @@ def _told(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) ->
     try:
         status = run(args)
         sys.stdout.flush()
-    except ValueError as error:
+    except (ValueError, MissingExtraError) as error:
         print(f"stm: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
