@@ -237,8 +237,17 @@ def _samples(
 
 
 def _number(value: Any) -> float | None:
-    """A number or a truth value as a number; None for all else, such as lm-eval's "N/A"."""
+    """A number or a truth value as a number; None for all else, such as lm-eval's "N/A".
+
+    lm-eval 0.4.11 writes numbers of NumPy's types as texts.
+    """
     value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, str):
+        value = {"True": True, "False": False}.get(value, value)
+        try:
+            value = float(value)
+        except ValueError:
+            return None
     return float(value) if isinstance(value, bool | int | float) else None
 
 
