@@ -13,6 +13,7 @@ from .experiment import command as experiment
 from .forgetting import command as forgetting
 from .measures import command as measure
 from .report import command as report
+from .sandbox import SandboxError
 from .scored import names_a_model
 
 _EPILOG = """\
@@ -101,7 +102,7 @@ def _told(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) ->
     try:
         status = run(args)
         sys.stdout.flush()
-    except (ValueError, MissingExtraError) as error:
+    except (ValueError, MissingExtraError, SandboxError) as error:
         print(f"stm: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:

@@ -43,6 +43,7 @@ LIGHT_MODULES = [
     ".inspection",
     ".report.command",
     ".sandbox",
+    ".tasks.loading",
     ".forgetting.command",
     ".measures.command",
     ".experiment.command",
