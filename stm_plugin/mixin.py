@@ -1,8 +1,8 @@
 """Selective Token Masking for any `transformers.Trainer`: the methods of the host that are overridden, and why.
 
-Labels are masked before a loss sees them, so whatever follows the labels (collator, packing, token counts, every fused
-loss) works as the host has it. The trainer holds one `Masking`: masks made ahead of training (`ahead.py`), or live at
-every step (`live.py`). The seams, and all that is overridden:
+Masks are laid in the labels before these are counted or trained, so token counts and every fused loss work as the host
+has them; collators and packing too, where masks are made ahead of training (`ahead.py`) and not live at every step
+(`live.py`). The trainer holds one of the two, a `Masking`. The seams, and all that is overridden:
 
 - `_prepare_for_training`: the model is placed, cast and under autocast, so a run begins. Where the training set is
   masked ahead, the dataloader is built anew from the random state that the host's own was built from.

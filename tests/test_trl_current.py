@@ -316,10 +316,12 @@ def test_a_step_without_label_tokens_masks_nothing(tokenizer, make_model, tmp_pa
 
 
 def test_the_reference_may_change_to_one_that_is_scored_ahead_and_not_back(tokenizer, make_model, chats, tmp_path):
-    trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path, stm_threshold=TAU, max_steps=2, **CURRENT)
+    options = {"trainer_class": RecordingSTM, "stm_threshold": TAU, "max_steps": 2} | CURRENT
+    trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path, **options)
     trainer.train()
     trainer.args.stm_reference = "initial"
     trainer.train()
+    assert all("stm_masked_tokens" not in batch for batch in trainer.batches), "masked live again"
     receipt = json.loads((tmp_path / "stm.json").read_text())
     assert receipt["reference"] == "initial"
     masked = sum(row["stm_masked_tokens"] for row in trainer.train_dataset)
