@@ -162,7 +162,7 @@ def test_fused_losses_get_the_labels_they_ask_for(kernel, packing, make_config):
     assert cfg.plugins == [plugin, "stm_plugin.STMPlugin"]
     assert cfg[key] is True
     trainer = build(make_config(**STM, sample_packing=packing))
-    trainer.stm_score()
+    trainer.train_dataset = trainer.stm_score().masked
     for batch in trainer._stm_train_dataloader():
         assert batch["labels"].dtype == torch.int64
         assert batch["labels"].shape == batch["input_ids"].shape
