@@ -258,6 +258,8 @@ def peak(name: str, dtype: str, num_rows: int, side: str, chats_file: str = "") 
     import torch
 
     model, plan = load(name, dtype, num_rows, chats_file)
+    for weight in model.parameters():
+        weight.sum()  # weights mapped from a file count only once they are touched
     if RESET_PEAK.exists():  # loading may take more than running
         RESET_PEAK.write_text("5")
     if side == "scoring":
