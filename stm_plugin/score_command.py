@@ -90,8 +90,21 @@ def make_scores(script_args: Any, training_args: Any, model_args: Any, mixture_a
         _attach_what_training_a_quantized_model_needs(model_args, training_args.trust_remote_code)
         trainer = make_trainer(script_args, training_args, model_args, mixture_args)
         if not trainer.is_deepspeed_enabled:  # whose optimizers want something to train
-            trainer.model.requires_grad_(False)  # so that DDP, if there is one, makes no buffers for gradients
+            _ask_for_no_gradients(trainer)
         return trainer, trainer.stm_score()
+
+
+def _ask_for_no_gradients(trainer: Any) -> None:
+    """Let nothing ask for gradients, for which DDP would make buffers; on CPUs, the smallest weight alone.
+
+    Where there is nothing to train, accelerate leaves DDP out on GPUs, not on CPUs.
+    """
+    from accelerate import DistributedType
+
+    trainer.model.requires_grad_(False)
+    if trainer.accelerator.distributed_type == DistributedType.MULTI_CPU:
+        weights = [weight for weight in trainer.model.parameters() if weight.is_floating_point()]
+        min(weights, key=lambda weight: weight.numel()).requires_grad_(True)
 
 
 def _only_score(training_args: Any, output_dir: str) -> None:

@@ -254,9 +254,9 @@ def test_yaml_of_a_training_run(workplace, caplog):
 
 def test_two_processes_leave_what_one_does(workplace):
     alone = Path(stm_score("--tokens-per-batch", "64")["receipt"]["scores_entry"])
-    environment = os.environ | {"STM_HOME": "two", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines"]
-    launch += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "stm_plugin.score_command"]
+    environment = os.environ | {"STM_HOME": "two", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["-m", "stm_plugin.score_command"]  # not by `accelerate launch --cpu`, which starts one process
     where = ["--model_name_or_path", "model", "--dataset_name", "chats.jsonl", "--tokens-per-batch", "64"]
     done = subprocess.run(
         [*launch, *where, *FLAGS], env=environment, cwd=workplace, capture_output=True, text=True, timeout=300
