@@ -10,7 +10,7 @@ def load_yaml(text: str) -> Any:
     Raises:
         ValueError: If it is none.
     """
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     class Loader(yaml.SafeLoader):
         pass
