@@ -8,7 +8,7 @@ import math
 import weakref
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from .masks import Masks, make_masks, unmasked_documents
 from .options import REFERENCE_INITIAL, STMOptions
 from .plan import ScorePlan
 from .receipt import Receipt, make_receipt
-from .start_scores import StartScores
+from .selection import deciding_scores
+from .start_scores import StartScores, TunedScores
 from .store import ScoresKey
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ class MaskedRun:
         source: The data set as the host prepared it.
         plan: What was scored.
         nll: NLL in nats of all N label tokens, in the data set's order, shape `(N,)`, float32.
+        tuned_nll: The same under the tuned model; None where the strategy takes none.
         key: Key of the scores.
+        tuned_key: Key of the tuned model's.
         masks: What is masked.
         receipt: What `stm.json` says.
     """
@@ -47,7 +50,9 @@ class MaskedRun:
     source: "Dataset"
     plan: ScorePlan
     nll: np.ndarray
+    tuned_nll: np.ndarray | None
     key: ScoresKey
+    tuned_key: ScoresKey | None
     masks: Masks
     receipt: Receipt
 
@@ -56,6 +61,18 @@ class MaskedRun:
         """The data set with its masked labels."""
         masks = self.masks
         return with_columns(self.source, masks.documents, masks.labels, **{MASKED_COLUMN: masks.masked_per_row})
+
+
+class _Scored(NamedTuple):
+    """A data set with its scores, as a `MaskedRun` has them, and the name of the file that its rows are kept in."""
+
+    source: "Dataset"
+    plan: ScorePlan
+    nll: np.ndarray
+    tuned_nll: np.ndarray | None
+    key: ScoresKey
+    tuned_key: ScoresKey | None
+    rows_file: str | None
 
 
 class MaskingAhead:
@@ -74,6 +91,7 @@ class MaskingAhead:
         self.run: MaskedRun | None = None
         self._host = host
         self._scores = StartScores(host)
+        self._tuned_scores = TunedScores(host)
         self._trained: Dataset | None = None  # the masked data set that the trainer was given
         self._model: weakref.ref[Any] | None = None  # which was scored
 
@@ -86,6 +104,8 @@ class MaskingAhead:
         """Check the data and the reference; processes must agree on the rows."""
         documents = unmasked_documents(self._host.train_dataset)
         self._scores.check_reference(documents)
+        if self._host.options.stm_tuned_model is not None:
+            self._tuned_scores.check_reference(documents)
         return {"training rows": documents.rows_fingerprint} if self._host.ranks.count > 1 else {}
 
     def set_up(self) -> None:
@@ -147,28 +167,35 @@ class MaskingAhead:
             del scores  # of a large data set both would be much
         if run is not None and masked_before and options == run.options and key == run.key:
             return run, origin
+        tuned_key, tuned_nll = self._of_tuned_model(checkpoint, plan)
+        scored = _Scored(source, plan, nll, tuned_nll, key, tuned_key, rows_file)
         try:
-            return self._apply(options, source, plan, nll, key, rows_file), origin
+            return self._apply(options, scored), origin
         except ValueError as error:
             if not host.only_scores:
                 raise
             # What training would refuse can be looked at all the same, to choose another threshold.
             host.warn("Training with these options would stop: %s", error)
             everything_kept = replace(options, stm_threshold=math.inf, stm_mask_fraction=None)
-            return self._apply(everything_kept, source, plan, nll, key, rows_file), origin
+            return self._apply(everything_kept, scored), origin
 
-    def _apply(
-        self,
-        options: STMOptions,
-        source: "Dataset",
-        plan: ScorePlan,
-        nll: np.ndarray,
-        key: ScoresKey,
-        rows_file: str | None,
-    ) -> MaskedRun:
-        """What options mask of a scored data set, with its receipt, which names the file that its rows are kept in."""
+    def _of_tuned_model(
+        self, checkpoint: str | None, plan: ScorePlan
+    ) -> tuple[ScoresKey, np.ndarray] | tuple[None, None]:
+        """Key and NLL under the tuned model, where the strategy compares with one."""
+        if self._host.options.stm_tuned_model is None:
+            return None, None
+        scores = self._tuned_scores
+        key, found = scores.find_or_make(plan)[:2] if checkpoint is None else scores.of_checkpoint(checkpoint, plan)
+        return key, plan.spread(found)
+
+    def _apply(self, options: STMOptions, scored: "_Scored") -> MaskedRun:
+        """What options mask of a scored data set, with its receipt."""
         host = self._host
-        masks = make_masks(plan.documents, nll, options, host.stop_token_ids)
+        source, plan, nll, tuned_nll, key, tuned_key, rows_file = scored
+        scores = deciding_scores(nll, tuned_nll, options.stm_strategy)
+        masks = make_masks(plan.documents, scores, options, host.stop_token_ids)
+        del scores
         if masks.rows_without_kept_tokens and not host.loss_takes_count:
             raise ValueError(
                 f"{masks.rows_without_kept_tokens} rows keep no token; a micro-batch of them would divide by zero: "
@@ -187,7 +214,12 @@ class MaskingAhead:
             model=host.model_name if options.stm_reference == REFERENCE_INITIAL else options.stm_reference,
             documents_file=rows_file,
         )
-        return MaskedRun(options, source, plan, nll, key, masks, receipt)
+        if tuned_key is not None:
+            receipt |= {
+                "tuned_scores_entry": str(self._tuned_scores.store.path(tuned_key)),
+                TunedScores.key_name: vars(tuned_key).copy(),
+            }
+        return MaskedRun(options, source, plan, nll, tuned_nll, key, tuned_key, masks, receipt)
 
     def _keep_documents(self, source: "Dataset", plan: ScorePlan) -> str | None:
         """Keep the rows for `stm report` and the like; name of the file, or None where it could not be written."""

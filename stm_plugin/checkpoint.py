@@ -54,8 +54,8 @@ def check_same_options(checkpoint: str, original: Receipt, receipt: Receipt) -> 
         receipt: The receipt of the run that resumes it.
     """
     for name in OPTIONS_OF_THE_MASK:
-        if original[name] != receipt[name] and not (name == "threshold_nats" and original["mask_fraction"]):
+        if original.get(name) != receipt[name] and not (name == "threshold_nats" and original["mask_fraction"]):
             raise ValueError(
-                f"{checkpoint} was trained with {name}={original[name]!r}, this run has {receipt[name]!r}. A "
+                f"{checkpoint} was trained with {name}={original.get(name)!r}, this run has {receipt[name]!r}. A "
                 "resumed run keeps the masks of its start: set the option back, or start a new run."
             )

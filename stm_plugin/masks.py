@@ -9,7 +9,7 @@ import numpy as np
 
 from .constants import IGNORE_INDEX, MASKED_COLUMN
 from .documents import Documents
-from .options import STMOptions
+from .options import STRATEGIES_BY_TWO_MODELS, STMOptions
 from .selection import check_scores, fraction_threshold_nats, perplexity, select_masked
 
 if TYPE_CHECKING:
@@ -115,12 +115,13 @@ def unmasked_documents(dataset: "Dataset") -> Documents:
     return Documents.from_dataset(dataset)
 
 
-def make_masks(documents: Documents, nll: np.ndarray, options: STMOptions, stop_token_ids: set[int]) -> Masks:
+def make_masks(documents: Documents, scores: np.ndarray, options: STMOptions, stop_token_ids: set[int]) -> Masks:
     """Mask a training set.
 
     Args:
         documents: Its documents.
-        nll: NLL in nats of all N label tokens, in the data set's order, shape `(N,)`, float32.
+        scores: Scores in nats of all N label tokens, in the data set's order, shape `(N,)`, float32: what
+            `deciding_scores` says that the strategy compares.
         options: Checked STM options.
         stop_token_ids: Ids that end a turn or a text.
 
@@ -130,35 +131,42 @@ def make_masks(documents: Documents, nll: np.ndarray, options: STMOptions, stop_
     Raises:
         ValueError: For no label token at all, a NaN score, or a threshold that every label token exceeds.
     """
-    if len(nll) == 0:
+    if len(scores) == 0:
         raise ValueError(
             "The training set has no label token: every label is -100, or stands at the start of its document. Check "
             "the chat template and the options that decide which tokens are trained."
         )
-    threshold_nats = threshold_in_nats(candidate_scores(documents, nll, options, stop_token_ids), options)
-    masks = apply_threshold(documents, nll, threshold_nats, options, stop_token_ids)
-    if masks.num_masked == len(nll):
-        smallest = perplexity(nll.min())
+    threshold_nats = threshold_in_nats(candidate_scores(documents, scores, options, stop_token_ids), options)
+    masks = apply_threshold(documents, scores, threshold_nats, options, stop_token_ids)
+    if masks.num_masked == len(scores):
+        if options.stm_strategy in STRATEGIES_BY_TWO_MODELS:
+            raise ValueError(
+                f"stm_strategy={options.stm_strategy!r} masks every one of the {len(scores)} label tokens, so nothing "
+                f"is left to train on: they are less likely under stm_tuned_model={options.stm_tuned_model!r}. Look "
+                "whether that is a model tuned on this kind of data."
+            )
+        smallest = perplexity(scores.min())
         raise ValueError(
-            f"Every one of the {len(nll)} label tokens has a perplexity above stm_threshold={options.threshold}, so "
-            f"nothing is left to train on. The smallest perplexity is {smallest:.6g}; {_threshold_for_share(nll):.6g} "
-            "would mask about 22 %. Look first whether the chat template is the model's own."
+            f"Every one of the {len(scores)} label tokens has a perplexity above stm_threshold={options.threshold}, "
+            f"so nothing is left to train on. The smallest perplexity is {smallest:.6g}; "
+            f"{_threshold_for_share(scores):.6g} would mask about 22 %. Look first whether the chat template is the "
+            "model's own."
         )
     return masks
 
 
 def candidate_scores(
-    documents: Documents, nll: np.ndarray, options: STMOptions, stop_token_ids: set[int]
+    documents: Documents, scores: np.ndarray, options: STMOptions, stop_token_ids: set[int]
 ) -> np.ndarray:
     """Scores of the label tokens that may be masked, from which a fraction takes its threshold."""
-    return nll[~_is_stop(documents, stop_token_ids)] if options.stm_keep_stop_tokens else nll
+    return scores[~_is_stop(documents, stop_token_ids)] if options.stm_keep_stop_tokens else scores
 
 
 def threshold_in_nats(candidates: np.ndarray, options: STMOptions) -> float:
     """The threshold of a training set, or of a step: the option's own, or the one that a fraction gives.
 
     Args:
-        candidates: NLL in nats of the label tokens that may be masked, over all ranks.
+        candidates: Scores in nats of the label tokens that may be masked, over all ranks.
         options: Checked STM options.
 
     Raises:
@@ -172,13 +180,13 @@ def threshold_in_nats(candidates: np.ndarray, options: STMOptions) -> float:
 
 
 def apply_threshold(
-    documents: Documents, nll: np.ndarray, threshold_nats: float, options: STMOptions, stop_token_ids: set[int]
+    documents: Documents, scores: np.ndarray, threshold_nats: float, options: STMOptions, stop_token_ids: set[int]
 ) -> Masks:
     """Mask documents with a threshold that is known (see `make_masks`); all, some or none of their label tokens."""
-    check_scores(nll)
+    check_scores(scores)
     is_stop = _is_stop(documents, stop_token_ids)
     masked_labels = select_masked(
-        nll,
+        scores,
         documents.tokens_per_document,
         threshold_nats=threshold_nats,
         strategy=options.stm_strategy,

@@ -211,7 +211,8 @@ class STMTrainerMixin(_Trainer):
 
     def stm_scored_data(self, run: MaskedRun) -> ScoredData:
         """A masked training set as `stm inspect`, `stm sweep` and `stm report` take it; on the main process."""
-        return ScoredData(self._stm_host.kept_documents(run.source, run.plan), run.nll, run.key, run.receipt)
+        kept = self._stm_host.kept_documents(run.source, run.plan)
+        return ScoredData(kept, run.nll, run.key, run.receipt, tuned_nll=run.tuned_nll)
 
     def get_train_dataloader(self) -> Any:
         """The host's, remembering the random state that it was built from."""

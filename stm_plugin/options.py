@@ -7,7 +7,11 @@ from typing import Any
 
 from .constants import DEFAULT_THRESHOLD, TOKENS_PER_BATCH, TOKENS_PER_BATCH_ON_CPU
 
-STRATEGIES = ("high", "low", "random")
+STRATEGIES = ("high", "low", "random", "difference", "hybrid")
+CONTROLS = ("low", "random")
+"""Those that mask as many tokens of each document as `high`, but others."""
+STRATEGIES_BY_TWO_MODELS = ("difference", "hybrid")
+"""Those that compare the perplexities with a tuned model's."""
 REFERENCE_INITIAL = "initial"
 REFERENCE_CURRENT = "current"
 
@@ -52,8 +56,19 @@ class STMOptions:
         default="high",
         metadata={
             "help": "`high` masks the label tokens above the threshold (the paper's method). `low` and `random` are "
-            "its controls: as many tokens in each document, but those of lowest perplexity, or drawn at random.",
+            "its controls: as many tokens in each document, but those of lowest perplexity, or drawn at random. "
+            "`difference` and `hybrid` also take the perplexities under `stm_tuned_model`: `difference` masks the "
+            "label tokens whose perplexity there exceeds the initial model's by more than the threshold (a "
+            "difference, greater than 0), `hybrid` those that `high` masks and all that became more perplexing "
+            "(options `dpf` and `stm_dpf` of the authors' code).",
             "choices": list(STRATEGIES),
+        },
+    )
+    stm_tuned_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path or id of the tuned model, or adapter, that `stm_strategy: difference` and `hybrid` compare "
+            "with. Loaded for scoring alone, in the dtype and the quantization of the model in training."
         },
     )
     stm_seed: int = field(default=0, metadata={"help": "Seed of `stm_strategy: random`. Moves no other randomness."})
@@ -136,11 +151,12 @@ class STMOptions:
                     f"stm_threshold={self.stm_threshold!r} and stm_mask_fraction={self.stm_mask_fraction!r} were both "
                     "given, but each decides which tokens are masked. Remove one of them."
                 )
-            check_threshold(self.stm_threshold)
+            check_threshold(self.stm_threshold, self.stm_strategy)
         if self.stm_mask_fraction is not None:
             check_fraction(self.stm_mask_fraction)
         check_strategy(self.stm_strategy)
         check_seed(self.stm_seed)
+        self._check_tuned_model()
         if not isinstance(self.stm_reference, str) or not self.stm_reference:
             raise ValueError(
                 f"stm_reference must be 'initial', 'current' or the path or id of a model, got {self.stm_reference!r}."
@@ -178,6 +194,34 @@ class STMOptions:
         if tokens is not None and (_not_a(Integral, tokens) or tokens < 1):
             raise ValueError(f"stm_tokens_per_batch must be a positive number of tokens, got {tokens!r}.")
 
+    def _check_tuned_model(self) -> None:
+        """Raise ValueError for a tuned model that is missing, of no use, or used where it cannot be."""
+        tuned, strategy = self.stm_tuned_model, self.stm_strategy
+        if tuned is not None and ((not isinstance(tuned, str) and not hasattr(tuned, "__fspath__")) or tuned == ""):
+            raise ValueError(f"stm_tuned_model must be the path or id of a model or adapter, got {tuned!r}.")
+        if strategy not in STRATEGIES_BY_TWO_MODELS:
+            if tuned is not None:
+                raise ValueError(
+                    f"stm_tuned_model={tuned!r} has no effect while stm_strategy is {strategy!r}. Remove it, or set "
+                    "stm_strategy to 'difference' or 'hybrid'."
+                )
+            return
+        if tuned is None:
+            raise ValueError(
+                f"stm_strategy={strategy!r} compares with a tuned model's perplexities. Set stm_tuned_model to its "
+                "path or id, or to that of its adapter."
+            )
+        if self.stm_reference == REFERENCE_CURRENT:
+            raise ValueError(
+                f"stm_strategy={strategy!r} compares scores that are made before training, and stm_reference is "
+                "'current'. Set stm_reference to 'initial'."
+            )
+        if strategy == "hybrid" and self.stm_mask_fraction is not None:
+            raise ValueError(
+                f"stm_mask_fraction={self.stm_mask_fraction!r} has no meaning for stm_strategy='hybrid', which masks "
+                "by two rules, one of them without a threshold. Set stm_threshold instead."
+            )
+
 
 def option_names() -> list[str]:
     """Names of all STM options, in the order they are defined."""
@@ -189,13 +233,22 @@ def nearest_option(name: str) -> str:
     return difflib.get_close_matches(name, option_names(), n=1, cutoff=0.0)[0]
 
 
-def check_threshold(threshold: Any) -> None:
-    """Raise ValueError unless `threshold` is a perplexity greater than 1 (`inf` included)."""
-    if _not_a(Real, threshold) or not (threshold > 1 and _fits_a_float(threshold)):
+def check_threshold(threshold: Any, strategy: str = "high") -> None:
+    """Raise ValueError unless `threshold` is a perplexity greater than 1, or a difference of two (`inf` included)."""
+    kind, least = (
+        "a difference of perplexities" if strategy == "difference" else "a perplexity",
+        least_threshold(strategy),
+    )
+    if _not_a(Real, threshold) or not (threshold > least and _fits_a_float(threshold)):
         raise ValueError(
-            f"stm_threshold must be a perplexity, a number greater than 1 (inf masks nothing), got {threshold!r}. The "
+            f"stm_threshold must be {kind}, a number greater than {least} (inf masks nothing), got {threshold!r}. The "
             f"paper's value is {DEFAULT_THRESHOLD}."
         )
+
+
+def least_threshold(strategy: str) -> int:
+    """What a threshold must exceed: a perplexity is at least 1, a difference of two may be anything above 0."""
+    return 0 if strategy == "difference" else 1
 
 
 def check_fraction(fraction: Any) -> None:

@@ -26,6 +26,7 @@ OPTIONS_OF_THE_MASK = (
     "seed",
     "keep_stop_tokens",
     "reference",
+    "tuned_model",
 )
 
 _PACKAGES = ("torch", "transformers", "trl", "axolotl", "peft", "accelerate", "datasets", "bitsandbytes", "numpy")
@@ -106,6 +107,7 @@ def _options_of(options: STMOptions, threshold_nats: float | None) -> Receipt:
         "seed": options.stm_seed,
         "keep_stop_tokens": options.stm_keep_stop_tokens,
         "reference": options.stm_reference,
+        "tuned_model": None if options.stm_tuned_model is None else str(options.stm_tuned_model),
     }
 
 

@@ -1,8 +1,9 @@
-"""Scoring with another model than the one in training: the check that it reads the same tokens, and its short life."""
+"""Scoring with other models than the one in training: that they read the same tokens, and their short life."""
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,32 +13,35 @@ from .options import STMOptions
 from .sharding import loaded_whole
 
 
-def check_same_tokens(reference: str, reference_kwargs: dict[str, Any], tokenizer: Any, token_ids: np.ndarray) -> None:
-    """Check that every token id in the data means the same to a reference model as to the model in training.
+def check_same_tokens(option: str, name: str, keywords: dict[str, Any], tokenizer: Any, token_ids: np.ndarray) -> None:
+    """Check that every token id in the data means the same to another model as to the model in training.
 
     Args:
-        reference: Path or id of the reference model.
-        reference_kwargs: Keyword arguments it is loaded with.
+        option: The option that names it.
+        name: Path or id of the other model, or of an adapter.
+        keywords: Keyword arguments it is loaded with.
         tokenizer: Tokenizer of the model in training.
         token_ids: The data's token ids, any shape.
 
     Raises:
-        ValueError: Naming the first id that differs, or if the reference cannot be loaded.
+        ValueError: Naming the first id that differs, or if the tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    shared = {name: reference_kwargs[name] for name in ("revision", "trust_remote_code") if name in reference_kwargs}
+    shared = {key: keywords[key] for key in ("revision", "trust_remote_code") if key in keywords}
     try:
-        other = AutoTokenizer.from_pretrained(reference, **shared)
+        base = _base_of_adapter(name)
+        has_own = base is None or Path(name, "tokenizer_config.json").is_file()
+        other = AutoTokenizer.from_pretrained(name if has_own else base, **shared)
     except (OSError, ValueError) as error:
-        raise _cannot_load(reference, error) from error
+        raise _cannot_load(option, name, error) from error
     ids = np.unique(token_ids).tolist()
     for token_id, ours, theirs in zip(ids, _tokens(tokenizer, ids), _tokens(other, ids), strict=True):
         if ours != theirs:
             raise ValueError(
-                f"stm_reference={reference!r} has another tokenizer than the model in training: id {token_id} is "
-                f"{ours!r} here and {theirs!r} there. Its perplexities would be those of other tokens. Choose a "
-                "reference of the same family, or 'initial'."
+                f"{option}={name!r} has another tokenizer than the model in training: id {token_id} is {ours!r} here "
+                f"and {theirs!r} there. Its perplexities would be those of other tokens. Choose a model of the same "
+                "family."
             )
 
 
@@ -48,15 +52,50 @@ def loaded_reference(options: STMOptions, device: torch.device) -> Iterator[Any]
     Raises:
         ValueError: If it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     assert not isinstance(options.stm_reference_kwargs, str)
     keywords = {"dtype": "auto"} | (options.stm_reference_kwargs or {})
+    with _loaded("stm_reference", options.stm_reference, keywords, device) as model:
+        yield model
+        del model
+
+
+@contextmanager
+def loaded_tuned_model(options: STMOptions, trained: Any, device: torch.device) -> Iterator[Any]:
+    """The model of `stm_tuned_model`, in the dtype and quantization of the model in training; freed at the end.
+
+    Raises:
+        ValueError: If it, or the base of an adapter, cannot be loaded.
+    """
+    from .scoring import causal_lm
+
+    lm, name = causal_lm(trained), str(options.stm_tuned_model)
+    keywords: dict[str, Any] = {"dtype": lm.dtype}
+    if getattr(lm, "is_quantized", False):
+        keywords |= {"quantization_config": lm.config.quantization_config, "device_map": {"": device}}
+    if getattr(lm.config, "auto_map", None):  # its code was trusted for the model in training
+        keywords["trust_remote_code"] = True
+    try:
+        base = _base_of_adapter(name)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("stm_tuned_model", name, error) from error
+    with _loaded("stm_tuned_model", base or name, keywords, device) as model:
+        if base is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, name)
+        yield model
+        del model
+
+
+@contextmanager
+def _loaded(option: str, name: str, keywords: dict[str, Any], device: torch.device) -> Iterator[Any]:
+    from transformers import AutoModelForCausalLM
+
     try:
         with loaded_whole():
-            model = AutoModelForCausalLM.from_pretrained(options.stm_reference, **keywords)
+            model = AutoModelForCausalLM.from_pretrained(name, **keywords)
     except (OSError, ValueError) as error:
-        raise _cannot_load(options.stm_reference, error) from error
+        raise _cannot_load(option, name, error) from error
     if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):
         model.to(device)
     try:
@@ -68,11 +107,26 @@ def loaded_reference(options: STMOptions, device: torch.device) -> Iterator[Any]
             torch.cuda.empty_cache()
 
 
-def _cannot_load(reference: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"stm_reference={reference!r} is neither 'initial' nor a model that can be loaded from a folder or the hub: "
-        f"{error}"
-    )
+def _base_of_adapter(name: str) -> str | None:
+    """The model that an adapter is for; None if a path or id is not that of an adapter.
+
+    Raises:
+        ValueError: If the adapter does not say.
+    """
+    from peft import PeftConfig
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(name) is None:
+        return None
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise ValueError("its adapter_config.json does not say which model it is for (base_model_name_or_path).")
+    return str(base)
+
+
+def _cannot_load(option: str, name: str, error: Exception) -> ValueError:
+    or_else = " neither 'initial' nor" if option == "stm_reference" else " not"
+    return ValueError(f"{option}={name!r} is{or_else} a model that can be loaded from a folder or the hub: {error}")
 
 
 def _tokens(tokenizer: Any, ids: list[int]) -> list[Any]:

@@ -14,9 +14,10 @@ from .constants import RECEIPT_NAME
 from .document_store import KeptDocuments, documents_folder, find_documents, read_documents
 from .documents import Documents
 from .masks import Masks, apply_threshold, candidate_scores, threshold_in_nats
-from .options import STRATEGIES, STMOptions
+from .options import STRATEGIES, STRATEGIES_BY_TWO_MODELS, STMOptions
 from .plan import ScorePlan
 from .receipt import Receipt
+from .selection import deciding_scores
 from .store import MANIFEST, ScoresError, ScoresKey, ScoreStore, default_root, read_key
 
 RULE = ("stm_threshold", "stm_mask_fraction", "stm_strategy", "stm_seed", "stm_keep_stop_tokens")
@@ -33,6 +34,7 @@ class ScoredData:
         key: Key of the scores.
         receipt: `stm.json` of the run that they belong to; None where they are not looked at as those of a run.
         title: What to call them; None for model and data.
+        tuned_nll: NLL under the tuned model, of the shape of `nll`; None where there are no such scores.
     """
 
     kept: KeptDocuments
@@ -40,6 +42,7 @@ class ScoredData:
     key: ScoresKey
     receipt: Receipt | None = None
     title: str | None = None
+    tuned_nll: np.ndarray | None = None
 
     @property
     def documents(self) -> Documents:
@@ -60,6 +63,25 @@ class ScoredData:
         """The options of the run; the defaults where there is none."""
         return options_of_receipt(self.receipt) if self.receipt is not None else STMOptions()
 
+    def scores(self, options: STMOptions) -> np.ndarray:
+        """The scores in nats that the options' strategy compares, shape `(N,)`, float32 (see `deciding_scores`).
+
+        Raises:
+            ValueError: For a strategy that compares with a tuned model, if there are no scores of one.
+        """
+        by_two = self.compares_two_models(options.stm_strategy)
+        return deciding_scores(self.nll, self.tuned_nll if by_two else None, options.stm_strategy)
+
+    def compares_two_models(self, strategy: str) -> bool:
+        """Whether a strategy compares with a tuned model; ValueError if it does and there are no scores of one."""
+        by_two = strategy in STRATEGIES_BY_TWO_MODELS
+        if by_two and self.tuned_nll is None:
+            raise ValueError(
+                f"stm_strategy={strategy!r} compares with a tuned model's perplexities, which this run did not make. "
+                "Give a run with that strategy, or score the data with --stm_tuned_model."
+            )
+        return by_two
+
     def masks(self, options: STMOptions | None = None) -> Masks:
         """What options mask; all tokens, where they say so.
 
@@ -68,9 +90,9 @@ class ScoredData:
         """
         options = options or self.options
         stop_token_ids = set(self.kept.stop_token_ids)
-        candidates = candidate_scores(self.documents, self.nll, options, stop_token_ids)
-        threshold_nats = threshold_in_nats(candidates, options)
-        return apply_threshold(self.documents, self.nll, threshold_nats, options, stop_token_ids)
+        scores = self.scores(options)
+        threshold_nats = threshold_in_nats(candidate_scores(self.documents, scores, options, stop_token_ids), options)
+        return apply_threshold(self.documents, scores, threshold_nats, options, stop_token_ids)
 
 
 def options_of_receipt(receipt: Receipt) -> STMOptions:
@@ -80,6 +102,7 @@ def options_of_receipt(receipt: Receipt) -> STMOptions:
         stm_threshold=None if fraction is not None else float(receipt["threshold"]),
         stm_mask_fraction=fraction,
         stm_strategy=receipt["strategy"],
+        stm_tuned_model=receipt.get("tuned_model"),
         stm_seed=receipt["seed"],
         stm_keep_stop_tokens=receipt["keep_stop_tokens"],
         stm_reference=receipt["reference"],
@@ -104,7 +127,7 @@ def read_scored(source: str | os.PathLike[str]) -> ScoredData:
     if (folder / MANIFEST).is_file():
         key = read_key(folder)
         kept, plan = read_documents(find_documents(key.data))
-        return _joined(kept, plan, ScoreStore(folder.resolve().parent), key)
+        return ScoredData(kept, plan.spread(_read(ScoreStore(folder.resolve().parent), key, plan)), key)
     raise ScoresError(
         f"{folder} has neither a {RECEIPT_NAME} nor a {MANIFEST}. Give the output folder or a checkpoint of a run "
         f"with STM, or an entry of the scores folder (by default below {default_root()})."
@@ -121,8 +144,12 @@ def _of_run(folder: Path) -> ScoredData:
     key = ScoresKey(**receipt["scores_key"])
     path = documents_folder() / receipt["documents_file"] if receipt.get("documents_file") else None
     kept, plan = read_documents(path if path is not None and path.is_file() else find_documents(key.data))
-    entry = Path(receipt["scores_entry"])
-    data = _joined(kept, plan, ScoreStore(entry.parent if entry.is_dir() else None), key, receipt)
+    tuned_nll = None
+    if "tuned_scores_key" in receipt:
+        tuned_key = ScoresKey(**receipt["tuned_scores_key"])
+        tuned_nll = plan.spread(_read(_store_of(receipt["tuned_scores_entry"]), tuned_key, plan))
+    nll = plan.spread(_read(_store_of(receipt["scores_entry"]), key, plan))
+    data = ScoredData(kept, nll, key, receipt, tuned_nll=tuned_nll)
     masks = data.masks()
     if data.documents.digest(masks.masked) != receipt["mask_digest"]:
         raise ScoresError(
@@ -132,15 +159,18 @@ def _of_run(folder: Path) -> ScoredData:
     return data
 
 
-def _joined(
-    kept: KeptDocuments, plan: ScorePlan, store: ScoreStore, key: ScoresKey, receipt: Receipt | None = None
-) -> ScoredData:
+def _store_of(entry: str) -> ScoreStore:
+    """The store that an entry lies in; the default one if it is not there any more."""
+    return ScoreStore(Path(entry).parent if Path(entry).is_dir() else None)
+
+
+def _read(store: ScoreStore, key: ScoresKey, plan: ScorePlan) -> np.ndarray:
     scores = store.read(key, plan.num_scores)
     if scores is None:
         raise ScoresError(
             f"The scores are gone from {store.path(key)}. Put that folder back, or score the data again."
         )
-    return ScoredData(kept, plan.spread(scores), key, receipt)
+    return scores
 
 
 def score_now(arguments: list[str], rule: dict[str, Any]) -> ScoredData:
@@ -153,6 +183,8 @@ def score_now(arguments: list[str], rule: dict[str, Any]) -> ScoredData:
     from .score_command import make_scores
     from .sft import parse
 
+    if "stm_strategy" in rule:  # which other options are checked against
+        arguments = [*arguments, "--stm_strategy", rule["stm_strategy"]]
     script_args, training_args, *others = parse(arguments)
     if rule.keys() & {"stm_threshold", "stm_mask_fraction"}:
         training_args.stm_threshold = training_args.stm_mask_fraction = None
@@ -219,7 +251,10 @@ def options_of(args: argparse.Namespace, data: ScoredData) -> STMOptions:
     options = {name: getattr(data.options, name) for name in RULE}
     if given.keys() & {"stm_threshold", "stm_mask_fraction"}:
         options |= {"stm_threshold": None, "stm_mask_fraction": None}
-    chosen = STMOptions(**options | given)
+    options |= given
+    if data.compares_two_models(options["stm_strategy"]):
+        options["stm_tuned_model"] = data.options.stm_tuned_model
+    chosen = STMOptions(**options)
     chosen.check()
     return chosen
 

@@ -11,13 +11,22 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .constants import DEFAULT_THRESHOLD, IGNORE_INDEX
-from .options import check_fraction, check_seed, check_strategy, check_threshold
+from .options import CONTROLS, STRATEGIES_BY_TWO_MODELS, check_fraction, check_seed, check_strategy, check_threshold
 
 Row = TypeVar("Row")
 
+_BEYOND_ALL_NATS = 1e4
+"""A score above every finite threshold: exp of it is no float."""
+
 
 def mask_labels(
-    labels: Row, nll: Any, *, threshold: float = DEFAULT_THRESHOLD, strategy: str = "high", seed: int = 0
+    labels: Row,
+    nll: Any,
+    *,
+    threshold: float = DEFAULT_THRESHOLD,
+    strategy: str = "high",
+    seed: int = 0,
+    tuned_nll: Any = None,
 ) -> Row:
     """Mask one document's labels: `-100` for every label token whose perplexity exceeds `threshold`.
 
@@ -30,8 +39,10 @@ def mask_labels(
         nll: Negative log-likelihoods in nats, shape `(T,)`; `nll[t]` is that of `labels[t]`, predicted at `t - 1`.
             Values at position 0 (which has no prediction) and at labels of `-100` are not read.
         threshold: Perplexity, greater than 1; `inf` masks nothing. A token exactly at the threshold is kept.
-        strategy: `"high"`, or a control that masks as many tokens: `"low"` (lowest NLL, earlier first) or `"random"`.
+        strategy: `"high"`; a control that masks as many tokens, `"low"` (lowest NLL, earlier first) or `"random"`; or
+            `"difference"` or `"hybrid"`, which compare with a tuned model (see `deciding_scores`).
         seed: Seed of `"random"`.
+        tuned_nll: As `nll`, under the tuned model; for `"difference"` and `"hybrid"` alone.
 
     Returns:
         Masked labels, of the kind, dtype and device of `labels`; the argument itself is not changed.
@@ -39,8 +50,8 @@ def mask_labels(
     Raises:
         ValueError: For lengths that differ, a score that is NaN, or an option out of range.
     """
-    check_threshold(threshold)
     check_strategy(strategy)
+    check_threshold(threshold, strategy)
     check_seed(seed)
     given = _to_numpy(labels)
     if given.dtype.kind in "ub":
@@ -53,8 +64,14 @@ def mask_labels(
             "nll[t] is the score of labels[t]."
         )
     positions = label_positions(label_ids)
+    tuned_scores = None
+    if tuned_nll is not None:
+        tuned_scores = _to_numpy(tuned_nll).astype(np.float32)
+        if tuned_scores.shape != label_ids.shape:
+            raise ValueError(f"tuned_nll must have the shape of nll, {scores.shape}, got {tuned_scores.shape}.")
+        tuned_scores = tuned_scores[positions]
     masked = select_masked(
-        scores[positions],
+        deciding_scores(scores[positions], tuned_scores, strategy),
         np.array([len(positions)]),
         threshold_nats=math.log(threshold),
         strategy=strategy,
@@ -67,6 +84,43 @@ def mask_labels(
 def label_positions(labels: np.ndarray) -> np.ndarray:
     """Positions of one document's label tokens: label not `-100`, and not position 0, which nothing predicts."""
     return np.flatnonzero(labels[1:] != IGNORE_INDEX) + 1
+
+
+def deciding_scores(nll: np.ndarray, tuned_nll: np.ndarray | None, strategy: str) -> np.ndarray:
+    """The scores, in nats, that a strategy compares with the threshold's logarithm.
+
+    Of `difference`, the logarithm of the difference of the perplexities, `log(exp(tuned_nll) - exp(nll))`; where that
+    is not positive, a score below every threshold. Of `hybrid`, the token's own NLL; where the tuned model's exceeds
+    it, a score above every finite threshold. Of all other strategies, the token's own NLL. The filters `dpf` and
+    `stm_dpf` of the code published with arXiv 2501.14315.
+
+    Args:
+        nll: NLL in nats under the initial model, shape `(N,)`, float32.
+        tuned_nll: NLL in nats under the tuned model, shape `(N,)`, float32; None where the strategy takes none.
+        strategy: One of `options.STRATEGIES`.
+
+    Returns:
+        Shape `(N,)`, float32; `nll` itself for a strategy by one model.
+
+    Raises:
+        ValueError: For scores of a tuned model that are missing, of no use, NaN, or of another number.
+    """
+    if (strategy in STRATEGIES_BY_TWO_MODELS) != (tuned_nll is not None):
+        need = "needs" if tuned_nll is None else "has no use for"
+        raise ValueError(f"strategy={strategy!r} {need} the scores of a tuned model.")
+    if tuned_nll is None:
+        return nll
+    if tuned_nll.shape != nll.shape:
+        raise ValueError(f"scores of two models of the same tokens are needed, got {nll.shape} and {tuned_nll.shape}.")
+    check_scores(nll)
+    check_scores(tuned_nll)
+    more = tuned_nll > nll
+    if strategy == "hybrid":
+        return np.where(more, np.float32(_BEYOND_ALL_NATS), nll)
+    initial, tuned = nll[more].astype(np.float64), tuned_nll[more].astype(np.float64)
+    scores = np.full(len(nll), -_BEYOND_ALL_NATS, dtype=np.float32)
+    scores[more] = tuned + np.log(-np.expm1(initial - tuned))
+    return scores
 
 
 def select_masked(
@@ -82,10 +136,11 @@ def select_masked(
     """Decide for every label token of a data set whether it is masked.
 
     Args:
-        nll: NLL in nats of all N label tokens, document after document, shape `(N,)`, float32.
+        nll: Score in nats of all N label tokens, document after document, shape `(N,)`, float32: their NLL, or what
+            `deciding_scores` made of two.
         tokens_per_document: Label tokens of each document, shape `(D,)`, summing to N.
         threshold_nats: `log(threshold)`; a token at it is kept. Compared with the float32 scores in float64.
-        strategy: `"high"`, `"low"` or `"random"`.
+        strategy: One of `options.STRATEGIES`.
         seed: Seed of `"random"`.
         label_ids: Token ids of the label tokens, shape `(N,)`; needed by `"random"`.
         candidates: Whether a token may be masked at all, shape `(N,)`; None lets all be.
@@ -100,7 +155,7 @@ def select_masked(
     masked = exceeds(nll, threshold_nats)
     if candidates is not None:
         masked &= candidates
-    if strategy == "high" or not masked.any():
+    if strategy not in CONTROLS or not masked.any():
         return masked
     document = np.repeat(np.arange(len(tokens_per_document)), tokens_per_document)
     num_masked = np.bincount(document, weights=masked, minlength=len(tokens_per_document)).astype(np.int64)
@@ -168,12 +223,12 @@ def effective_scores(
     """The score by which each label token is masked under any strategy: at a threshold T iff it exceeds T.
 
     A document masks as many tokens as it has candidates above T. So the token whose turn comes k-th (from 0) is masked
-    iff the document's k-th highest candidate exceeds T. Under `high` that is the token's own score.
+    iff the document's k-th highest candidate exceeds T. But for the controls, that is the token's own score.
 
     Args:
         nll: As for `select_masked`, like the others.
         tokens_per_document: Label tokens of each document, shape `(D,)`.
-        strategy: `"high"`, `"low"` or `"random"`.
+        strategy: One of `options.STRATEGIES`.
         seed: Seed of `"random"`.
         label_ids: Token ids of the label tokens, shape `(N,)`; needed by `"random"`.
         candidates: Whether a token may be masked at all, shape `(N,)`.
@@ -183,7 +238,7 @@ def effective_scores(
     """
     check_scores(nll)
     scores = nll if candidates is None else np.where(candidates, nll, np.float32(-np.inf))
-    if strategy == "high":
+    if strategy not in CONTROLS:
         return scores
     document = np.repeat(np.arange(len(tokens_per_document)), tokens_per_document)
     turns = _turns(nll, tokens_per_document, document, strategy, seed, label_ids, candidates)

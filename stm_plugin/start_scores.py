@@ -13,7 +13,7 @@ from .host import Host
 from .masks import unmasked_documents
 from .options import REFERENCE_INITIAL
 from .plan import ScorePlan
-from .reference import check_same_tokens, loaded_reference
+from .reference import check_same_tokens, loaded_reference, loaded_tuned_model
 from .scoring import Autocast
 from .sharding import is_sharded
 from .store import ScoresError, ScoresKey, ScoreStore
@@ -27,6 +27,9 @@ class StartScores:
     Args:
         host: The trainer.
     """
+
+    key_name = "scores_key"
+    """What the receipt calls the key of the scores."""
 
     def __init__(self, host: Host):
         self._host = host
@@ -43,6 +46,7 @@ class StartScores:
         if options.stm_reference != REFERENCE_INITIAL:
             assert not isinstance(options.stm_reference_kwargs, str)
             check_same_tokens(
+                "stm_reference",
                 options.stm_reference,
                 options.stm_reference_kwargs or {},
                 self._host.tokenizer,
@@ -89,7 +93,7 @@ class StartScores:
 
     def of_checkpoint(self, checkpoint: str, plan: ScorePlan) -> tuple[ScoresKey, Any]:
         """Key and scores that the run started with whose checkpoint is resumed."""
-        key = _key_of_checkpoint(checkpoint, plan)
+        key = self._key_of_checkpoint(checkpoint, plan)
         scores = self._read(key, plan)
         if scores is None:
             raise ScoresError(
@@ -102,7 +106,7 @@ class StartScores:
     def make_before_resuming(self, checkpoint: str) -> None:
         """If a resumed run's scores are gone, make them while the model is still as its trainer was given it."""
         plan = ScorePlan.of(unmasked_documents(self._host.train_dataset))
-        key = _key_of_checkpoint(checkpoint, plan)
+        key = self._key_of_checkpoint(checkpoint, plan)
         if not self._host.ranks.from_main(self.store.path(key).exists):
             self.find_or_make(plan, expected=key)
 
@@ -153,13 +157,40 @@ class StartScores:
                 del model
             gc.collect()
 
+    def _key_of_checkpoint(self, checkpoint: str, plan: ScorePlan) -> ScoresKey:
+        key = ScoresKey(**receipt_of(checkpoint)[self.key_name])
+        if key.data != plan.fingerprint:
+            raise ScoresError(
+                f"{checkpoint} was trained on other rows: the token ids or label positions of this training set "
+                "differ from those that were scored at the original start. Resume with the same data, chat template "
+                "and max_length."
+            )
+        return key
 
-def _key_of_checkpoint(checkpoint: str, plan: ScorePlan) -> ScoresKey:
-    key = ScoresKey(**receipt_of(checkpoint)["scores_key"])
-    if key.data != plan.fingerprint:
-        raise ScoresError(
-            f"{checkpoint} was trained on other rows: the token ids or label positions of this training set "
-            "differ from those that were scored at the original start. Resume with the same data, chat template "
-            "and max_length."
+
+class TunedScores(StartScores):
+    """Finds or makes the scores of the training set under `stm_tuned_model`, which is loaded for it alone."""
+
+    key_name = "tuned_scores_key"
+
+    def check_reference(self, documents: Documents) -> None:
+        """Check that the tuned model reads the same tokens in some documents."""
+        check_same_tokens(
+            "stm_tuned_model", str(self._host.options.stm_tuned_model), {}, self._host.tokenizer, documents.input_ids
         )
-    return key
+
+    def set_up(self) -> None:
+        """Nothing: the model is at hand whenever it is needed."""
+
+    def of_checkpoint(self, checkpoint: str, plan: ScorePlan) -> tuple[ScoresKey, Any]:
+        """Key and scores that the run started with whose checkpoint is resumed; made again if they are gone."""
+        key = self._key_of_checkpoint(checkpoint, plan)
+        scores = self._read(key, plan)
+        return (key, scores) if scores is not None else self.find_or_make(plan, expected=key)[:2]
+
+    @contextmanager
+    def _scoring_model(self) -> Iterator[tuple[Any, Autocast]]:
+        with loaded_tuned_model(self._host.options, self._host.model, self._host.device) as model:
+            yield model, self._host.autocast
+            del model
+        gc.collect()

@@ -10,7 +10,7 @@ import numpy as np
 
 from .documents import Documents
 from .masks import apply_threshold, candidate_scores, threshold_in_nats
-from .options import STMOptions
+from .options import STMOptions, least_threshold
 from .scored import RULE, ScoredData, add_source, options_of, scored_of
 from .selection import check_scores, perplexity
 from .tokens import visible
@@ -61,9 +61,9 @@ class Sweep:
         stop_tokens: Stop tokens among the label tokens.
         quantiles: Perplexity at each of some quantiles.
         thresholds: What each threshold masks.
-        fractions: What each fraction masks.
+        fractions: What each fraction masks; none under `hybrid`, which takes no fraction.
         share: The share that was asked for.
-        for_share: What the threshold for that share masks; as much below it as ties allow.
+        for_share: What the threshold for that share masks, as much below it as ties allow; None under `hybrid`.
     """
 
     label_tokens: int
@@ -73,13 +73,13 @@ class Sweep:
     thresholds: tuple[SweepRow, ...]
     fractions: tuple[SweepRow, ...]
     share: float
-    for_share: SweepRow
+    for_share: SweepRow | None
 
     @classmethod
     def of(
         cls,
         documents: Documents,
-        nll: np.ndarray,
+        scores: np.ndarray,
         stop_token_ids: Iterable[int] = (),
         *,
         thresholds: Sequence[float] = THRESHOLDS,
@@ -91,7 +91,8 @@ class Sweep:
 
         Args:
             documents: A data set's documents.
-            nll: NLL in nats of all N label tokens, in the data set's order, shape `(N,)`, float32.
+            scores: Scores in nats of all N label tokens, in the data set's order, shape `(N,)`, float32: what
+                `deciding_scores` says that the strategy compares.
             stop_token_ids: Ids that end a turn or a text.
             thresholds: Perplexities.
             fractions: Shares between 0 and 1, exclusive.
@@ -101,8 +102,8 @@ class Sweep:
         Raises:
             ValueError: For no label token, a NaN score, or a threshold or share out of range.
         """
-        check_scores(nll)
-        if len(nll) == 0:
+        check_scores(scores)
+        if len(scores) == 0:
             raise ValueError("There is no label token to sweep over.")
         options, stop = options or STMOptions(), set(stop_token_ids)
         num_stop_tokens = 0
@@ -111,40 +112,46 @@ class Sweep:
             nonlocal num_stop_tokens
             here = replace(options, stm_threshold=threshold, stm_mask_fraction=fraction)
             here.check()
-            nats = threshold_in_nats(candidate_scores(documents, nll, here, stop), here)
-            masks = apply_threshold(documents, nll, nats, here, stop)
+            nats = threshold_in_nats(candidate_scores(documents, scores, here, stop), here)
+            masks = apply_threshold(documents, scores, nats, here, stop)
             num_stop_tokens = masks.num_stop_tokens
             return SweepRow(
-                shortest_threshold(nll, nats) if threshold is None else threshold,
+                shortest_threshold(scores, nats, options.stm_strategy) if threshold is None else threshold,
                 fraction,
                 nats,
                 masks.num_masked,
                 masks.masked_fraction,
-                len(nll) - masks.num_masked,
+                len(scores) - masks.num_masked,
                 masks.rows_without_kept_tokens,
                 masks.num_masked_stop_tokens,
                 PAPER_BAND[0] <= masks.masked_fraction <= PAPER_BAND[1],
             )
 
         rows = tuple(row(threshold, None) for threshold in thresholds)
-        shares = tuple(row(None, fraction) for fraction in fractions)
-        wished = row(None, share)
-        quantiles = {q: perplexity(np.quantile(nll.astype(np.float64), q, method="lower")) for q in QUANTILES}
+        takes_fraction = options.stm_strategy != "hybrid"
+        shares = tuple(row(None, fraction) for fraction in fractions) if takes_fraction else ()
+        wished = row(None, share) if takes_fraction else None
+        quantiles = {q: perplexity(np.quantile(scores.astype(np.float64), q, method="lower")) for q in QUANTILES}
         num_rows = len(documents.row_offsets) - 1
-        return cls(len(nll), num_rows, num_stop_tokens, quantiles, rows, shares, share, wished)
+        return cls(len(scores), num_rows, num_stop_tokens, quantiles, rows, shares, share, wished)
 
     def lines(self) -> list[str]:
         """Tables for the terminal; a star marks what lies within the paper's band."""
         quantiles = ", ".join(f"{q:.0%} {value:.3g}" for q, value in self.quantiles.items())
         head = "      masked         kept   rows without   stop tokens"
         units = "                    tokens    kept tokens        masked"
-        return [
+        lines = [
             f"{self.label_tokens:,} label tokens in {self.rows:,} rows; quantiles of their perplexity: {quantiles}",
             "",
             f"  stm_threshold     {head}",
             f"  (perplexity)      {units}",
             *(f"  {row.threshold:>13g}     {self._columns(row)}" for row in self.thresholds),
             "",
+        ]
+        if self.for_share is None:
+            return lines
+        return [
+            *lines,
             f"  stm_mask_fraction {head}",
             f"                    {units}",
             *(f"  {row.mask_fraction:>13g}     {self._columns(row)}" for row in self.fractions),
@@ -163,30 +170,34 @@ class Sweep:
     def as_json(self) -> dict[str, object]:
         """What JSON can hold; an infinite threshold is the string `inf`."""
         facts = asdict(self)
-        for row in (*facts["thresholds"], *facts["fractions"], facts["for_share"]):
+        for row in (*facts["thresholds"], *facts["fractions"], facts["for_share"] or {}):
             row.update({name: "inf" for name, value in row.items() if value == math.inf})
         facts["quantiles"] = {str(quantile): value for quantile, value in self.quantiles.items()}
         return facts
 
 
-def shortest_threshold(nll: np.ndarray, threshold_nats: float) -> float:
-    """The perplexity with the fewest digits that masks the same label tokens as a threshold in nats.
+def shortest_threshold(scores: np.ndarray, threshold_nats: float, strategy: str = "high") -> float:
+    """The threshold with the fewest digits that masks the same label tokens as one in nats.
 
     Args:
-        nll: NLL in nats of all label tokens, shape `(N,)`, float32.
+        scores: Scores in nats of all label tokens, shape `(N,)`, float32.
         threshold_nats: The threshold.
+        strategy: The strategy, of which the least threshold depends.
     """
     if math.isinf(threshold_nats):
         return math.inf
-    kept = nll[nll.astype(np.float64) <= threshold_nats]
-    masked = nll[nll.astype(np.float64) > threshold_nats]
-    lowest = float(kept.max()) if len(kept) else 0.0
+    kept = scores[scores.astype(np.float64) <= threshold_nats]
+    masked = scores[scores.astype(np.float64) > threshold_nats]
+    least = least_threshold(strategy)
+    lowest = float(kept.max()) if len(kept) else -math.inf
     highest = float(masked.min()) if len(masked) else math.inf
     exact = perplexity(threshold_nats)
+    if exact == 0:  # below every difference: what comes next above it
+        exact = perplexity(min(highest, 0.0)) / 2
     for digits in range(2, 18):
         step = 10.0 ** (math.floor(math.log10(exact)) + 1 - digits)
         for value in (float(f"{exact:.{digits}g}"), float(f"{exact + step:.{digits}g}")):
-            if value > 1 and lowest <= math.log(value) < highest:
+            if value > least and lowest <= math.log(value) < highest:
                 return value
     return exact
 
@@ -220,7 +231,7 @@ def sweep_of(
     """Sweep scored data (see `Sweep.of`)."""
     return Sweep.of(
         data.documents,
-        data.nll,
+        data.scores(options or data.options),
         data.kept.stop_token_ids,
         thresholds=thresholds,
         fractions=fractions,

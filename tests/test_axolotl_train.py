@@ -400,6 +400,26 @@ def test_another_model_as_reference(make_config, make_model, tokenizer, tmp_path
     assert facts["masked_tokens"] == int(sum((nll > math.log(THRESHOLD)).sum() for nll in scores))
 
 
+@pytest.mark.parametrize("strategy", ["difference", "hybrid"])
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+def test_strategies_by_two_models(strategy, packing, make_config, make_model, tokenizer, tmp_path):
+    make_model(seed=5).save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    options = {"stm_strategy": strategy, "stm_tuned_model": str(tmp_path / "tuned"), "sample_packing": packing}
+    trainer = train(make_config(**STM, **options))
+    rows = [dict(row) for row in trainer._stm_run.source]
+    masked = 0
+    for nll, tuned_nll in zip(oracle(make_model(), rows), oracle(make_model(seed=5), rows), strict=True):
+        before, after = np.exp(np.float64(nll)), np.exp(np.float64(tuned_nll))
+        if strategy == "difference":
+            masked += int((after - before > THRESHOLD).sum())
+        else:
+            masked += int(((before > THRESHOLD) | (after > before)).sum())
+    facts = receipt(tmp_path / "out")
+    assert 0 < facts["masked_tokens"] == masked < facts["label_tokens"]
+    assert (facts["strategy"], facts["tuned_model"]) == (strategy, str(tmp_path / "tuned"))
+
+
 @pytest.mark.parametrize(
     "keys",
     [{}, {"sample_packing": True}, {"gradient_accumulation_steps": 2}, LORA],

@@ -13,7 +13,7 @@ from stm_plugin.options import STMOptions, nearest_option, option_names
 
 THRESHOLD = "stm_threshold must be a perplexity, a number greater than 1 (inf masks nothing), got "
 FRACTION = "stm_mask_fraction must be a number between 0 and 1, exclusive, got "
-STRATEGY = "stm_strategy must be one of 'high', 'low', 'random', got "
+STRATEGY = "stm_strategy must be one of 'high', 'low', 'random', 'difference', 'hybrid', got "
 SEED = "stm_seed must be an integer of at most 64 bits, got "
 REFERENCE = "stm_reference must be 'initial', 'current' or the path or id of a model, got "
 REFERENCE_KWARGS = "stm_reference_kwargs must be a mapping of keyword arguments, got "
@@ -34,6 +34,7 @@ def test_names_and_defaults_are_frozen():
         "stm_reference",
         "stm_reference_kwargs",
         "stm_strategy",
+        "stm_tuned_model",
         "stm_seed",
         "stm_keep_stop_tokens",
         "stm_scores_dir",
@@ -46,6 +47,7 @@ def test_names_and_defaults_are_frozen():
         "stm_reference": "initial",
         "stm_reference_kwargs": None,
         "stm_strategy": "high",
+        "stm_tuned_model": None,
         "stm_seed": 0,
         "stm_keep_stop_tokens": False,
         "stm_scores_dir": None,

@@ -89,7 +89,7 @@ class Figures:
         """The score by which each label token is masked, shape `(N,)`, float32 (see `effective_scores`)."""
         documents = self.data.documents
         return effective_scores(
-            self.data.nll,
+            self.data.scores(self.options),
             documents.tokens_per_document,
             strategy=self.options.stm_strategy,
             seed=self.options.stm_seed,
@@ -280,7 +280,9 @@ def _stops(
     stops[math.inf] = Stop(math.inf, "inf", "masks nothing")
     for data, some, mask in reversed([*zip(datas, options, masks, strict=True)]):
         nats, of_stop = mask.threshold_nats, set(data.kept.stop_token_ids)
-        value = some.threshold or shortest_threshold(candidate_scores(data.documents, data.nll, some, of_stop), nats)
+        value = some.threshold or shortest_threshold(
+            candidate_scores(data.documents, data.scores(some), some, of_stop), nats, some.stm_strategy
+        )
         if math.log(value) not in {mask.threshold_nats for mask in masks}:
             stops.pop(math.log(value), None)  # masks the same, and would read the same
         note = "the run's threshold" if data.receipt and nats == data.receipt["threshold_nats"] else "asked for"
@@ -297,10 +299,12 @@ def _text(perplexity: float) -> str:
 
 def _percent_thresholds(data: ScoredData, options: STMOptions) -> dict[int, float]:
     """The perplexity that masks each whole percent of the label tokens, or just less where scores are equal."""
-    candidates = candidate_scores(data.documents, data.nll, options, set(data.kept.stop_token_ids))
-    if len(candidates) == 0:
+    candidates = candidate_scores(data.documents, data.scores(options), options, set(data.kept.stop_token_ids))
+    if len(candidates) == 0 or options.stm_strategy == "hybrid":  # which takes no fraction
         return {}
     candidates = np.sort(candidates)
     wanted = (replace(options, stm_threshold=None, stm_mask_fraction=percent / 100) for percent in range(1, 100))
     nats = [threshold_in_nats(candidates, some) for some in wanted]
-    return {percent: shortest_threshold(candidates, some) for percent, some in enumerate(nats, 1)}
+    return {
+        percent: shortest_threshold(candidates, some, options.stm_strategy) for percent, some in enumerate(nats, 1)
+    }
