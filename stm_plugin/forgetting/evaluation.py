@@ -273,8 +273,9 @@ def _settings(results: Mapping[str, Any], task: str, leaves: Sequence[str]) -> d
 
 
 def _text(value: Any) -> str:
-    """A setting as text; where a function was written as its address, without that."""
-    return re.sub(r" at 0x[0-9a-f]+", "", json.dumps(value, sort_keys=True, default=str, ensure_ascii=False))
+    """A setting as text; of a function without its address, of an absolute path only the last name."""
+    text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+    return re.sub(r'"(?:/|[A-Za-z]:)[^"\n]*[/\\]([^"/\\]+)"', r'"\1"', re.sub(r" at 0x[0-9a-f]+", "", text))
 
 
 def _environment(results: Mapping[str, Any]) -> dict[str, Any]:
