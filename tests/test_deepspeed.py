@@ -139,6 +139,7 @@ def main(folder, stage):
     import deepspeed
 
     torch.set_num_threads(1)
+    scoring.LABELS_PER_SLICE_ON_CPU = 1
     scoring.LOGITS_PER_SLICE = 5 * 320  # five labels at a time: ranks have unequal numbers of slices
     deepspeed.ops.__compatible_ops__ = {}  # or it compiles an extension first
     deepspeed.init_distributed("gloo")

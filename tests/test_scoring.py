@@ -446,6 +446,7 @@ def head_rows():
 @pytest.mark.parametrize("rows_per_slice", [1, 7, 8, 10_000])
 def test_logits_are_sliced_and_never_made_for_other_positions(monkeypatch, llama, head_rows, rows_per_slice):
     monkeypatch.setattr(scoring, "LOGITS_PER_SLICE", rows_per_slice * VOCAB_SIZE + VOCAB_SIZE - 1)
+    monkeypatch.setattr(scoring, "LABELS_PER_SLICE_ON_CPU", 1)
     monkeypatch.setattr(scoring, "LOGITS_PER_SOFTMAX", 3 * VOCAB_SIZE)
     documents = make_documents(share=0.4)
     truth = naive_nll(in_float64(llama), documents)
@@ -471,6 +472,7 @@ def test_autocast_copies_the_head_once_a_batch(monkeypatch, llama, head_rows, tr
     model = copy.deepcopy(llama).requires_grad_(trained)
     weight = model.get_output_embeddings().weight
     monkeypatch.setattr(scoring, "LOGITS_PER_SLICE", 3 * VOCAB_SIZE)
+    monkeypatch.setattr(scoring, "LABELS_PER_SLICE_ON_CPU", 1)
     documents = make_documents(share=0.4)
     rows = head_rows(model)
     with Copies():
@@ -481,8 +483,17 @@ def test_autocast_copies_the_head_once_a_batch(monkeypatch, llama, head_rows, tr
     assert weight.requires_grad == trained
 
 
+@pytest.mark.parametrize(("labels", "largest"), [(1, 2), (4, 4), (5, 5), (6, 6), (7, 6), (192, 6)])
+def test_a_cpu_takes_more_labels_at_a_time_of_a_large_vocabulary(monkeypatch, llama, head_rows, labels, largest):
+    monkeypatch.setattr(scoring, "LOGITS_PER_SLICE", 2 * VOCAB_SIZE)
+    monkeypatch.setattr(scoring, "LABELS_PER_SLICE_ON_CPU", labels)
+    rows = head_rows(llama)
+    our_nll(llama, make_documents(lengths=[40], share=1.0), 4096)
+    assert max(rows) == largest
+
+
 def test_a_vocabulary_beyond_the_budget_still_goes_row_by_row(monkeypatch, llama, head_rows):
-    monkeypatch.setattr(scoring, "LOGITS_PER_SLICE", VOCAB_SIZE - 1)
+    monkeypatch.setattr(scoring, "LOGITS_PER_SLICE", VOCAB_SIZE // 3)
     rows = head_rows(llama)
     documents = make_documents(lengths=[5], share=1.0)
     our_nll(llama, documents)
@@ -490,7 +501,7 @@ def test_a_vocabulary_beyond_the_budget_still_goes_row_by_row(monkeypatch, llama
 
 
 def test_the_default_budget():
-    """32 MiB of float32, as the documentation says."""
+    """64 MiB of float32, and on a CPU 192, as the documentation says."""
     assert scoring.LOGITS_PER_SLICE * 4 == 64 * 2**20
 
 
