@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stm_plugin.tasks import KINDS, definition, math_answers, punkt
-from stm_plugin.tasks.functions import code_of
+from stm_plugin.tasks.code_answers import code_of
 from stm_plugin.tasks.loading import Task, parse_task, quiet
 from stm_plugin.tasks.math_answers import boxed, same_answer
 

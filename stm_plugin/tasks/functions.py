@@ -6,18 +6,14 @@ and there is no state here.
 
 import importlib.util
 import json
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stm_plugin.tasks.code_answers import PASSED
+
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_FENCES = re.compile(r"```(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_NOTE = re.compile(r"\[[^\]]*\]")  # how the process ended, as the sandbox puts it below the output
-PASSED = "passed"
 
 
 def mbpp_rows(file: str, **_: Any) -> dict[str, "Dataset"]:
@@ -75,31 +71,16 @@ def run_tests(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]])
     Returns:
         For each answer `passed`, or how it did not.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tqdm import tqdm
+    from stm_plugin.tasks import code_answers
 
     jobs = [(answer, doc) for answers, doc in zip(resps, docs, strict=True) for answer in answers]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) as pool:
-        verdicts = iter(
-            list(tqdm(pool.map(_verdict, *zip(*jobs, strict=True)), total=len(jobs), desc="Running tests"))
-        )
+    verdicts = iter(code_answers.run_tests(jobs, progress=True))
     return [[next(verdicts) for _ in answers] for answers in resps]
 
 
 def mbpp_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """pass@1 of one answer, given what `run_tests` says."""
     return {"pass_at_1": float(results[0] == PASSED)}
-
-
-def code_of(answer: str) -> str:
-    """The code in an answer: its first Python block, else its first block, else all of it.
-
-    A block that is not closed, as in an answer that was cut, goes to the end.
-    """
-    blocks = _FENCES.findall(answer)
-    python = [code for language, code in blocks if language.lower() in ("python", "python3", "py")]
-    return str((python or [code for _, code in blocks] or [answer])[0])
 
 
 def math_target(doc: Mapping[str, Any]) -> str:
@@ -129,18 +110,6 @@ def instruction_accuracy(items: Iterable[Sequence[bool]]) -> float:
     """Share of instructions followed, over the instructions of all rows."""
     verdicts = [verdict for row in items for verdict in row]
     return sum(verdicts) / len(verdicts)
-
-
-def _verdict(answer: str, doc: Mapping[str, Any]) -> str:
-    """Runs one answer's code with its row's asserts behind it."""
-    from stm_plugin.sandbox import run_code
-
-    parts = [doc.get("test_setup_code") or "", code_of(answer), *doc["test_list"]]
-    outcome = run_code("\n".join(parts) + "\n")
-    if outcome.passed:
-        return PASSED
-    lines = [line for line in outcome.output.splitlines() if line.strip() and not _NOTE.fullmatch(line)]
-    return f"{outcome.status}: {lines[-1][-200:]}" if lines else outcome.status
 
 
 def _rows(file: str, kind: str, required: Sequence[str], optional: Sequence[str]) -> "Dataset":
