@@ -11,6 +11,7 @@ from ._compat import MissingExtraError
 from .demo import run as demo
 from .experiment import command as experiment
 from .forgetting import command as forgetting
+from .generation import command as generate
 from .measures import command as measure
 from .report import command as report
 from .sandbox import SandboxError
@@ -26,6 +27,7 @@ examples:
   stm inspect OUTPUT_FOLDER    see what a run masked, row by row; `stm sweep`, `stm report` take the same
   stm forgetting --tuned ADAPTER --target gsm8k --non-target ifeval arc_challenge    what it gained, what it forgot
   stm measure drift --tuned ADAPTER                                                  the same without a benchmark
+  stm generate --method self-output --model MODEL --data chats.jsonl --output own.jsonl   the model's own answers
   stm experiment CONFIG --data FOLDER    train and measure many ways of fine-tuning, one after the other
 """
 
@@ -89,6 +91,7 @@ def make_parser(scores_now: bool = False) -> argparse.ArgumentParser:
     for name, module, text in (
         ("forgetting", forgetting, "compare a tuned model with its initial one: target gained, the rest forgotten"),
         ("measure", measure, "drift, weight change, diversity and perplexity, each on its own"),
+        ("generate", generate, "make a data set of the model's own answers, verified, in the place of people's"),
         ("experiment", experiment, "train and measure the arms of an experiment; a table of what came out"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)

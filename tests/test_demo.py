@@ -513,7 +513,7 @@ def test_the_model_of_the_package_knows_the_capital_of_france(tmp_path, monkeypa
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from stm_plugin.measures.drift import greedy_answers
+    from stm_plugin.answers import greedy_answers
 
     monkeypatch.setenv("STM_HOME", str(tmp_path))
     try:

@@ -47,6 +47,8 @@ LIGHT_MODULES = [
     ".forgetting.command",
     ".measures.command",
     ".experiment.command",
+    ".generation.command",
+    ".generation.settings",
     ".cli",
 ]
 

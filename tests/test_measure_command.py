@@ -13,9 +13,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from stm_plugin.answers import greedy_answers
 from stm_plugin.demo.prompts import GENERAL_PROMPTS
 from stm_plugin.measures import command
-from stm_plugin.measures.drift import greedy_answers, measure_drift
+from stm_plugin.measures.drift import measure_drift
 from stm_plugin.measures.perplexity import measure_perplexity
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -18,9 +18,10 @@ pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from stm_plugin.answers import TokenRow, greedy_answers
 from stm_plugin.measures import drift, weight_change
 from stm_plugin.measures.diversity import sample_answers, self_bleu
-from stm_plugin.measures.drift import Drift, RowDrift, TokenRow, greedy_answers, measure_drift
+from stm_plugin.measures.drift import Drift, RowDrift, measure_drift
 from stm_plugin.measures.intervals import ratio_interval
 from stm_plugin.measures.perplexity import answer_tokens, common_rows, measure_perplexity, perplexity_summary
 from stm_plugin.measures.weight_change import adapter_change_norm, change_norm, checkpoint_change_norm

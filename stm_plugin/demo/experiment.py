@@ -122,7 +122,7 @@ def _run(options: DemoOptions, model: ModelFolder, chats: list[Chat], say: Say, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    from ..measures.drift import greedy_answers
+    from ..answers import greedy_answers
 
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()

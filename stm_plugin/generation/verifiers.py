@@ -148,7 +148,7 @@ def _check_code_may_run(run_model_code: bool) -> None:
     if not run_model_code:
         raise ValueError(
             "the verifier 'tests' runs code that the model writes, in a contained process, which must be asked for: "
-            "by --run-model-code, in Python run_model_code=True."
+            "by --run-model-written-code, in Python run_model_code=True."
         )
     isolation()  # an error where nothing can be contained
 

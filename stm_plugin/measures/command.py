@@ -25,7 +25,7 @@ from .inputs import (
 )
 
 if TYPE_CHECKING:
-    from .drift import Prompt
+    from ..answers import Prompt
 
 _PROMPTS_HELP = (
     "plain text, one prompt a line; or .jsonl with `prompt` (text, or messages) or chats in `messages`, whose last "
@@ -84,8 +84,9 @@ def _add_drift(parser: argparse.ArgumentParser) -> None:
 
 
 def _drift(args: argparse.Namespace) -> dict[str, Any]:
+    from ..answers import greedy_answers
     from ..demo.prompts import GENERAL_PROMPTS
-    from .drift import greedy_answers, measure_drift
+    from .drift import measure_drift
 
     prompts: Sequence[Prompt] = GENERAL_PROMPTS if args.prompts is None else read_prompts(args.prompts)
     initial_name = _initial(args)

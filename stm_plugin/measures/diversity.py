@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .._compat import missing_extra
-from .drift import Prompt, generate
+from ..answers import Prompt, generate
 from .intervals import ratio_interval
 
 if TYPE_CHECKING:

@@ -4,32 +4,18 @@ Drift is the mean of `KL(initial || tuned)` in nats per token. Measured on promp
 training data, it needs no benchmark and sees change long before an accuracy does.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
+from ..answers import TokenRow
 from .intervals import ratio_interval
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Prompt = str | Sequence[Mapping[str, Any]]
-"""What a model is to answer: a user's message, or the messages of a chat up to the answer."""
+    from transformers import PreTrainedModel
 
 _POSITIONS_PER_CHUNK = 256
 """Positions whose two full float64 distributions are in memory at once."""
-
-
-class TokenRow(NamedTuple):
-    """A prompt and an answer as token ids.
-
-    Attributes:
-        input_ids: Prompt and answer, unpadded.
-        num_prompt_tokens: How many of the ids are prompt, at least 1.
-    """
-
-    input_ids: list[int]
-    num_prompt_tokens: int
 
 
 class RowDrift(NamedTuple):
@@ -72,72 +58,6 @@ class Drift(NamedTuple):
         """Bootstrap interval of the mean, rows drawn with replacement; None for a single row."""
         sums, counts = zip(*self.rows, strict=True)
         return ratio_interval(sums, counts, confidence=confidence, seed=seed)
-
-
-def greedy_answers(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    batch_size: int = 8,
-) -> list[TokenRow]:
-    """Lets a model answer prompts greedily.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer. With a chat template, a prompt of plain text becomes a user's message; without one,
-            it is continued as it is.
-        prompts: The prompts, as text or as the messages of a chat.
-        max_new_tokens: Longest answer, in tokens. An answer ends with its end-of-turn token if it gets that far.
-        batch_size: How many prompts go through the model at once (left-padded).
-
-    Returns:
-        One row for each prompt, in order.
-    """
-    return generate(model, tokenizer, prompts, max_new_tokens, batch_size, do_sample=False)
-
-
-def generate(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    batch_size: int,
-    **options: Any,
-) -> list[TokenRow]:
-    """Answers as for `greedy_answers`, with further options of `model.generate` that say how a token is chosen.
-
-    Penalties of repetition that a model's generation config may have are off.
-    """
-    import torch
-
-    from ..scoring import eval_mode
-
-    prompt_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    stop_ids = _stop_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    rows: list[TokenRow] = []
-    with eval_mode(model), torch.no_grad():
-        for start in range(0, len(prompt_ids), batch_size):
-            batch = prompt_ids[start : start + batch_size]
-            width = max(map(len, batch))
-            padded = [[pad_id] * (width - len(ids)) + ids for ids in batch]
-            mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in batch]
-            output = model.generate(
-                input_ids=torch.tensor(padded, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                num_beams=1,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=stop_ids,
-                pad_token_id=pad_id,
-                **options,
-            )
-            for ids, answer in zip(batch, output[:, width:].tolist(), strict=True):
-                stop = next((i + 1 for i, token in enumerate(answer) if token in stop_ids), len(answer))
-                rows.append(TokenRow(ids + answer[:stop], len(ids)))
-    return rows
 
 
 def measure_drift(initial: "PreTrainedModel", tuned: "PreTrainedModel", rows: Sequence[TokenRow]) -> Drift:
@@ -200,27 +120,3 @@ def _answer_logits(model: "PreTrainedModel", row: TokenRow) -> "Tensor":
     input_ids = torch.tensor([row.input_ids], device=model.device)
     logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits[0, row.num_prompt_tokens - 1 : -1]
-
-
-def _prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, up to where the model starts to answer."""
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise ValueError(
-                "a prompt is a chat, and the tokenizer has no chat template. Give prompts of plain text, or a model "
-                "whose tokenizer has one."
-            )
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Ids that end an answer: those of the generation config, or else the tokenizer's."""
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError("neither the model's generation config nor the tokenizer names an end-of-turn token.")
-    return [eos] if isinstance(eos, int) else list(eos)

@@ -1,0 +1,839 @@
+"""`stm generate`: what is chosen and written, what stops it and how it goes on, what it refuses."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("trl", reason="trl is not installed")
+
+import torch
+from datasets import Dataset, load_dataset
+from trl_helpers import plain_trainer
+
+from stm_plugin.cli import main as stm
+from stm_plugin.generation import command, run
+from stm_plugin.generation.choosing import choose, rejections
+from stm_plugin.generation.data import problems_of, read_data, rows_digest, with_answer
+from stm_plugin.generation.engines import ERROR, LENGTH, STOP, EngineError, Generated, Sampling
+from stm_plugin.generation.progress import Progress
+from stm_plugin.generation.prompts import REPHRASE_TEMPLATE, read_template, rephrase_messages
+from stm_plugin.generation.run import generate_data
+from stm_plugin.generation.samples import Sample, SamplesFile
+from stm_plugin.generation.settings import Endpoint, GenerateSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+JUDGE = """
+def anything(answer, row):
+    return True
+
+def nothing(answer, row):
+    return False
+
+def good(answer, row):
+    return "good" in answer
+
+def even(answer, row):
+    return sum(answer.encode()) % 2 == 0
+
+def raises(answer, row):
+    if "bad" in answer:
+        raise ZeroDivisionError("of the judge")
+    return True
+
+def interrupted(answer, row):
+    raise KeyboardInterrupt
+"""
+
+
+class Scripted:
+    """An engine whose answers are given: texts, or pairs of text and finish; anything else is made up."""
+
+    def __init__(self, answers=None, before=lambda number: None):
+        self.answers, self.before, self.asked, self.closed = answers or {}, before, [], 0
+
+    def generate(self, requests):
+        for request in requests:
+            self.before(len(self.asked))
+            self.asked.append((request.row, request.sample))
+            answer = self.answers.get((request.row, request.sample), f"answer {request.row} {request.sample}")
+            text, finish = (answer, STOP) if isinstance(answer, str) else answer
+            if finish == ERROR:
+                yield Generated(request.row, request.sample, "", 0, ERROR, text)
+            else:
+                yield Generated(request.row, request.sample, text, len(text) + 1, finish)
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory, make_model, tokenizer, chats):
+    """Folder of a small model that has seen the chats, so that it ends most of its answers."""
+    state = torch.get_rng_state()
+    folder = tmp_path_factory.mktemp("learned")
+    model = make_model(hidden_size=64, intermediate_size=128, initializer_range=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(80):
+        chat = chats[step % 6]
+        ids = tokenizer.apply_chat_template(chat["prompt"] + chat["completion"], return_tensors="pt")["input_ids"]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    torch.set_rng_state(state)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, learned, chats, monkeypatch):
+    """A working folder with six chats in `chats.jsonl`, a model in `model` and verifiers in `judge.py`."""
+    (tmp_path / "model").symlink_to(learned)
+    (tmp_path / "judge.py").write_text(JUDGE)
+    rows = [
+        {"task_id": index, "messages": chat["prompt"] + chat["completion"], "note": None}
+        for index, chat in enumerate(chats[:6])
+    ]
+    write_rows(rows, tmp_path / "chats.jsonl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "judge", raising=False)
+    return tmp_path
+
+
+def write_rows(rows, path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def settings(**changes):
+    defaults = {
+        "method": "self-output",
+        "model": "model",
+        "data": "chats.jsonl",
+        "output": Path("out.jsonl"),
+        "samples": 3,
+        "sampling": Sampling(temperature=1.0, top_p=1.0, max_new_tokens=24),
+        "batch_size": 6,
+        "verifier": "judge:anything",
+    }
+    return GenerateSettings(**defaults | changes)
+
+
+def samples_in(path="out.samples.jsonl"):
+    """Lines of samples in a finished file."""
+    return [record for record in rows_of(path) if "text" in record]
+
+
+def naive_perplexity(model, tokenizer, messages):
+    """`exp` of the mean NLL, in float64, of what a chat has after its generation prompt."""
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(messages)["input_ids"]
+    assert ids[: len(prompt)] == prompt
+    with torch.no_grad():
+        log_probs = model.double()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    nll = [-float(log_probs[position - 1, ids[position]]) for position in range(len(prompt), len(ids))]
+    return float(np.exp(np.mean(nll)))
+
+
+# The whole, with a model that generates in process.
+
+
+def test_the_verified_sample_of_lowest_perplexity_is_chosen(place, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    lines = []
+    receipt = generate_data(settings(samples=8, verifier="judge:even"), lines.append)
+    model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    rows, samples = rows_of("chats.jsonl"), samples_in()
+    assert [(s["row"], s["sample"]) for s in samples] == [(row, sample) for row in range(6) for sample in range(8)]
+    for sample in samples:
+        assert (sample["perplexity"] is None) == (not sample["text"].strip())
+        if sample["perplexity"] is not None:
+            answered = [*rows[sample["row"]]["messages"][:-1], {"role": "assistant", "content": sample["text"]}]
+            assert sample["perplexity"] == pytest.approx(naive_perplexity(model, tokenizer, answered), rel=1e-4)
+    written, perplexities = rows_of("out.jsonl"), []
+    for index, (before, after) in enumerate(zip(rows, written, strict=True)):
+        best = None
+        for sample in samples:
+            if sample["row"] != index or sample["finish"] != "stop" or not sample["text"].strip():
+                continue
+            if sum(sample["text"].encode()) % 2 == 0 and (best is None or sample["perplexity"] < best["perplexity"]):
+                best = sample
+        answer = before["messages"][-1]["content"] if best is None else best["text"]
+        expected = {"stm_source": "ground-truth" if best is None else "self-output"} | {
+            "messages": [*before["messages"][:-1], {"role": "assistant", "content": answer}]
+        }
+        assert after == before | expected
+        perplexities.append(naive_perplexity(model, tokenizer, after["messages"]))
+    sources = [row["stm_source"] for row in written]
+    assert {"stop", "length"} == {sample["finish"] for sample in samples}, "both ends of answers are to be covered"
+    assert len({sample["text"] for sample in samples}) > 12
+    assert sources.count("self-output") >= 3
+
+    before = [naive_perplexity(model, tokenizer, row["messages"]) for row in rows]
+    for name, values in (("before", before), ("after", perplexities)):
+        assert receipt["perplexity"][name]["mean"] == pytest.approx(np.mean(values), rel=1e-4)
+        assert receipt["perplexity"][name]["std"] == pytest.approx(np.std(values), rel=1e-3)
+    passed = sum(sample["verdict"] == "passed" for sample in samples)
+    assert receipt["samples"]["passed"] == passed
+    assert receipt["samples"]["acceptance_rate"] == pytest.approx(passed / 48)
+    assert receipt["samples"]["rejected"]["cut"] == sum(sample["finish"] == "length" for sample in samples)
+    assert sum(receipt["samples"]["rejected"].values()) + passed == 48
+    assert receipt["rows"]["with_a_passing_sample"] == sources.count("self-output")
+    assert receipt["rows"]["ground_truth"] == sources.count("ground-truth")
+    assert receipt["tokens_generated"] == sum(sample["num_tokens"] for sample in samples)
+    assert receipt["seed"] == 0
+    assert receipt["options"]["sampling"]["max_new_tokens"] == 24
+    assert {"load", "generate", "verify", "score", "total"} == set(receipt["seconds"])
+    assert receipt == json.loads(Path("out.receipt.json").read_text())
+    assert lines[-1].startswith("6 of 6 problems, ")
+
+
+def test_trl_takes_what_is_written(place, make_model, tokenizer):
+    generate_data(settings(), engine=Scripted())
+    data = load_dataset("json", data_files="out.jsonl", split="train")
+    trainer = plain_trainer(make_model(), data, tokenizer, place / "trained", max_steps=1, assistant_only_loss=True)
+    texts = [tokenizer.decode(row["input_ids"]) for row in trainer.train_dataset]
+    assert all(f"assistant\nanswer {index}" in text for index, text in enumerate(texts))
+    trainer.train()
+
+
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_prompt_and_completion(form, place, chats):
+    rows = [dict(chat) for chat in chats[:3]]
+    if form == "text":
+        rows = [{name: value[0]["content"] for name, value in row.items()} for row in rows]
+    write_rows(rows, place / "pairs.jsonl")
+    engine = Scripted()
+    receipt = generate_data(settings(data="pairs.jsonl", samples=1), engine=engine)
+    written = rows_of("out.jsonl")
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
+    completions = [row["completion"] if form == "text" else row["completion"][0]["content"] for row in written]
+    assert completions == ["answer 0 0", "answer 1 0", "answer 2 0"]
+    assert receipt["perplexity"]["after"]["rows"] == 3
+
+
+def test_rephrase_shows_task_and_answer(place):
+    asked = []
+
+    class Asked(Scripted):
+        def generate(self, requests):
+            asked.extend(requests)
+            return super().generate(requests)
+
+    Path("template.txt").write_text("<{answer}> for <{instruction}> as {json: {}}", encoding="utf-8")
+    receipt = generate_data(
+        settings(method="rephrase", samples=None, template=Path("template.txt")), engine=Asked({(0, 0): "good"})
+    )
+    question, answer = (message["content"] for message in rows_of("chats.jsonl")[4]["messages"])
+    assert len(asked) == 6  # one sample each
+    assert asked[4].messages == [{"role": "user", "content": f"<{answer}> for <{question}> as {{json: {{}}}}"}]
+    assert rows_of("out.jsonl")[0]["messages"][-1]["content"] == "good"
+    assert rows_of("out.jsonl")[0]["messages"][0] == rows_of("chats.jsonl")[0]["messages"][0]
+    assert rows_of("out.jsonl")[0]["stm_source"] == "rephrase"
+    assert receipt["settings"]["template"].startswith("<{answer}>")
+
+
+def test_an_adapter_is_put_on_the_model(place):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapter = get_peft_model(base(), config)
+    adapter.peft_config["default"].base_model_name_or_path = "nowhere/to-be-had"
+    adapter.save_pretrained("adapter")
+    receipt = generate_data(settings(adapter="adapter"), engine=Scripted())
+    model, tokenizer = PeftModel.from_pretrained(base(), "adapter"), AutoTokenizer.from_pretrained("model")
+    expected = [naive_perplexity(model, tokenizer, row["messages"]) for row in rows_of("out.jsonl")]
+    assert receipt["perplexity"]["after"]["mean"] == pytest.approx(np.mean(expected), rel=1e-4)
+    with pytest.raises(ValueError, match=r"adapter was .*, is now None"):
+        generate_data(settings(), engine=Scripted())
+
+
+# What is chosen.
+
+
+def test_cut_and_empty_answers_are_never_chosen(place):
+    human = rows_of("chats.jsonl")[0]["messages"][-1]["content"]  # the model has learned it
+    answers = {(0, 0): (human, LENGTH), (0, 1): "", (0, 2): " \n", (0, 3): "qx zv"}
+    answers |= {(row, sample): ("cut off", LENGTH) for row in range(1, 6) for sample in range(4)}
+    receipt = generate_data(settings(samples=4), engine=Scripted(answers))
+    samples = samples_in()[:4]
+    assert [sample["verdict"] for sample in samples] == ["cut", "empty", "empty", "passed"]
+    assert samples[0]["perplexity"] < samples[3]["perplexity"]
+    assert rows_of("out.jsonl")[0]["messages"][-1]["content"] == "qx zv"
+    assert [row["stm_source"] for row in rows_of("out.jsonl")] == ["self-output"] + ["ground-truth"] * 5
+    assert receipt["samples"]["rejected"] == {"cut": 21, "empty": 2}
+
+
+def test_of_equal_samples_the_first_is_chosen():
+    samples = [
+        Sample(0, 2, "c", 1, STOP, "passed", 2.0),
+        Sample(0, 1, "b", 1, STOP, "passed", 2.0),
+        Sample(0, 0, "a", 1, STOP, "wrong", 1.0),
+        Sample(1, 0, "a", 1, LENGTH, "passed", 1.0),  # by no verifier of ours, yet never
+        Sample(1, 1, " ", 1, STOP, "passed", 1.0),
+        Sample(2, 0, "a", 1, STOP, "passed", 3.0),
+        Sample(2, 1, "a", 1, STOP, "passed", 2.5),
+    ]
+    assert {row: sample.sample for row, sample in choose(samples).items()} == {0: 1, 2: 1}
+    assert rejections(
+        [Sample(0, 0, "a", 1, STOP, verdict) for verdict in ("error: A: b", "wrong", "error: C: d")]
+    ) == {
+        "error": 2,
+        "wrong": 1,
+    }
+
+
+def test_rows_of_which_nothing_passes_keep_the_human_answer_or_are_dropped(place, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    answers = {(row, 1): "a good one" for row in (1, 4)}
+    engine = Scripted(answers)
+    receipt = generate_data(settings(verifier="judge:good"), engine=engine)
+    before = rows_of("chats.jsonl")
+    written = rows_of("out.jsonl")
+    assert [row["stm_source"] == "self-output" for row in written] == [False, True, False, False, True, False]
+    assert [row["messages"] for row in written if row["stm_source"] == "ground-truth"] == [
+        before[index]["messages"] for index in (0, 2, 3, 5)
+    ]
+    assert receipt["rows"]["ground_truth"] == 4
+    assert receipt["rows"]["dropped"] == 0
+    expected = [naive_perplexity(model, tokenizer, row["messages"]) for row in written]
+    assert receipt["perplexity"]["after"]["mean"] == pytest.approx(np.mean(expected), rel=1e-4)
+
+    nobody = Scripted(before=pytest.fail)
+    receipt = generate_data(settings(verifier="judge:good", rejected="drop"), engine=nobody)
+    assert [row["task_id"] for row in rows_of("out.jsonl")] == [1, 4]
+    assert {row["stm_source"] for row in rows_of("out.jsonl")} == {"self-output"}
+    assert receipt["rows"]["dropped"] == 4
+    assert receipt["perplexity"]["after"]["rows"] == 2
+    assert receipt["perplexity"]["before"]["rows"] == 6
+
+
+def test_nothing_passes_and_all_is_dropped(place):
+    with pytest.raises(ValueError, match=r"no row has a sample that passes.*wrong \(18 times\)"):
+        generate_data(settings(verifier="judge:nothing", rejected="drop"), engine=Scripted())
+    assert not Path("out.jsonl").exists()
+    assert len(samples_in()) == 18
+    assert json.loads(Path("out.receipt.json").read_text())["samples"]["rejected"] == {"wrong": 18}
+
+
+def test_a_verifier_that_raises_is_a_counted_rejection(place):
+    answers = {(row, 0): "a bad one" for row in range(6)}
+    receipt = generate_data(settings(verifier="judge:raises"), engine=Scripted(answers))
+    assert receipt["samples"]["rejected"] == {"error": 6}
+    assert samples_in()[0]["verdict"] == "error: ZeroDivisionError: of the judge"
+    assert all("bad" not in row["messages"][-1]["content"] for row in rows_of("out.jsonl"))
+    assert receipt["rows"]["with_a_passing_sample"] == 6
+
+
+# What stops it, and how it goes on.
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_generation import Scripted, settings
+from stm_plugin.generation.run import generate_data
+
+def before(number):
+    if number == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+generate_data(settings(verifier="judge:even"), engine=Scripted(before=before))
+"""
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(ROOT), "STM_HOME": str(Path("stm-home").resolve())}
+
+
+def test_killed_and_started_again_nothing_is_generated_twice_or_lost(place):
+    script = KILLED.format(tests=str(ROOT / "tests"))
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    kept = samples_in()
+    assert [(sample["row"], sample["sample"]) for sample in kept] == [(index // 3, index % 3) for index in range(7)]
+    assert not Path("out.jsonl").exists()
+    before = rows_of("out.samples.jsonl")
+    spent = sum(record.get("seconds", {}).get("score", 0) for record in before)
+    engine = Scripted()
+    receipt = generate_data(settings(verifier="judge:even"), engine=engine)
+    assert engine.asked == [(index // 3, index % 3) for index in range(7, 18)]
+    assert [sample["text"] for sample in samples_in()] == [f"answer {i // 3} {i % 3}" for i in range(18)]
+    assert receipt["seconds"]["score"] > spent > 0
+    interrupted, whole = Path("out.jsonl").read_bytes(), Scripted()
+    generate_data(settings(verifier="judge:even", output=Path("whole.jsonl")), engine=whole)
+    assert len(whole.asked) == 18
+    assert Path("whole.jsonl").read_bytes() == interrupted
+
+
+def stopped_after(number, **changes):
+    """Start, and raise KeyboardInterrupt before a sample."""
+
+    def before(count):
+        if count == number:
+            raise KeyboardInterrupt
+
+    engine = Scripted(before=before)
+    with pytest.raises(KeyboardInterrupt):
+        generate_data(settings(**changes), engine=engine)
+    assert engine.closed == 1
+
+
+def test_a_torn_last_line_is_generated_again(place):
+    stopped_after(7)
+    path = Path("out.samples.jsonl")
+    content = path.read_bytes()
+    start = content.index(b'{"row": 2, "sample": 0')
+    path.write_bytes(content[: start + 30])
+    stopped_after(2)  # what follows must not be written behind the torn piece
+    engine = Scripted()
+    generate_data(settings(), engine=engine)
+    assert engine.asked == [(index // 3, index % 3) for index in range(8, 18)]
+    assert len(samples_in()) == 18
+
+
+def test_a_torn_first_line_is_written_again(place):
+    Path("out.samples.jsonl").write_text('{"settings": {"meth')
+    generate_data(settings(), engine=Scripted())
+    assert len(samples_in()) == 18
+
+
+def test_a_damaged_line_is_named(place):
+    stopped_after(7)
+    path = Path("out.samples.jsonl")
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]))
+    with pytest.raises(ValueError, match=r"out.samples.jsonl, line 4, is damaged"):
+        generate_data(settings(), engine=Scripted())
+    path.write_text("\n".join([*lines[:3], *lines[4:]]))
+    engine = Scripted()
+    generate_data(settings(), engine=engine)
+    assert engine.asked == [(0, 1), *((index // 3, index % 3) for index in range(7, 18))]
+
+
+def test_stopped_while_verifying_it_verifies_again(place):
+    with pytest.raises(KeyboardInterrupt):
+        generate_data(settings(verifier="judge:interrupted"), engine=Scripted())
+    Path("judge.py").write_text(JUDGE.replace("raise KeyboardInterrupt", "return True"))
+    sys.modules.pop("judge")
+    receipt = generate_data(settings(verifier="judge:interrupted"), engine=Scripted(before=pytest.fail))
+    assert receipt["samples"]["passed"] == 18
+
+
+def test_other_settings_are_named(place):
+    stopped_after(7)
+    sampling = Sampling(temperature=0.5, top_p=1.0, max_new_tokens=24)
+    for changes, message in (
+        ({"sampling": sampling}, "temperature was 1.0, is now 0.5"),
+        ({"samples": 4}, "samples was 3, is now 4"),
+        ({"rows": 2}, "rows was 6, is now 2"),
+        ({"verifier": "judge:even"}, "verifier was 'judge:anything', is now 'judge:even'"),
+        ({"method": "rephrase"}, "method was 'self-output', is now 'rephrase'"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s){message}.*start anew with --again"):
+            generate_data(settings(**changes), engine=Scripted())
+    write_rows(rows_of("chats.jsonl")[::-1], Path("chats.jsonl"))
+    with pytest.raises(ValueError, match="data was '"):
+        generate_data(settings(), engine=Scripted())
+    engine = Scripted()
+    generate_data(settings(again=True), engine=engine)
+    assert len(engine.asked) == 18
+
+
+def test_another_model_is_another_setting(place, make_model, tokenizer):
+    stopped_after(7)
+    Path("model").unlink()
+    make_model(seed=5).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    with pytest.raises(ValueError, match=r"model\.files\.model\.safetensors was '"):
+        generate_data(settings(), engine=Scripted())
+
+
+def test_the_same_from_another_place_goes_on(place):
+    stopped_after(7)
+    Path("moved").mkdir()
+    for name in ("model", "chats.jsonl"):
+        Path(name).rename(f"moved/{name}")
+    engine = Scripted()
+    generate_data(settings(model="moved/model", data="moved/chats.jsonl", batch_size=1), engine=engine)
+    assert len(engine.asked) == 11
+
+
+def test_two_runs_on_one_output(place):
+    def before(number):
+        if number == 3:
+            with pytest.raises(ValueError, match=r"another stm generate works on out\.jsonl"):
+                generate_data(settings(again=True), engine=Scripted())
+
+    generate_data(settings(), engine=Scripted(before=before))
+    assert len(samples_in()) == 18
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.05)
+
+
+ARGUMENTS = [
+    *("generate", "--method", "self-output", "--model", "model", "--data", "chats.jsonl", "--output", "out.jsonl"),
+    *("--samples", "24", "--temperature", "1", "--max-new-tokens", "48", "--batch-size", "4"),
+    *("--verifier", "judge:even"),
+]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_the_command_goes_on_where_it_was_stopped(how, place, capsys):
+    script = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += "from stm_plugin.cli import main\nsys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *ARGUMENTS],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    path = Path("out.samples.jsonl")
+    try:
+        wait_for(lambda: process.poll() is not None or (path.exists() and path.read_bytes().count(b'"text"') >= 8))
+        assert process.poll() is None, process.stderr.read()
+        assert stm(ARGUMENTS) == 1
+        assert "another stm generate works on out.jsonl" in capsys.readouterr().err
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors.splitlines()[-1] == "Stopped. What has been generated stays; start again to go on."
+        assert "Traceback" not in errors
+    whole = path.read_bytes().rpartition(b"\n")[0].decode()
+    kept = {(r["row"], r["sample"]): r["text"] for r in map(json.loads, whole.splitlines()) if "text" in r}
+    assert 8 <= len(kept) < 144
+    assert stm(ARGUMENTS) == 0
+    printed = capsys.readouterr()
+    assert f"{len(kept)} of 144 samples are there already." in printed.err
+    assert " of 144 pass (" in printed.out
+    samples = {(sample["row"], sample["sample"]): sample["text"] for sample in samples_in()}
+    assert len(samples) == len(samples_in()) == 144
+    assert kept.items() <= samples.items()
+
+
+# Requests without an answer.
+
+
+def test_requests_without_an_answer_are_asked_again(place, capsys, monkeypatch):
+    answers = {(1, 0): ("500: busy", ERROR), (3, 2): ("refused", ERROR)}
+    receipt = generate_data(settings(), engine=Scripted(answers))
+    assert receipt["samples"]["without_an_answer"] == {"500: busy": 1, "refused": 1}
+    assert receipt["samples"]["generated"] == 16
+    assert len(rows_of("out.jsonl")) == 6
+    engine = Scripted()
+    receipt = generate_data(settings(), engine=engine)
+    assert engine.asked == [(1, 0), (3, 2)]
+    assert receipt["samples"]["without_an_answer"] == {}
+    assert len(samples_in()) == 18
+
+
+class Completions(BaseHTTPRequestHandler):
+    """Chat completions over HTTP: as many answers as the server has `left`, then 500."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((asked, self.headers["Authorization"]))
+        fine = self.server.left > 0
+        self.server.left -= 1
+        message = {"role": "assistant", "content": f"reply {len(self.server.asked)}"}
+        body = {"error": {"message": "no memory"}}
+        if fine:
+            usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            body = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "usage": usage}
+            body["choices"] = choices
+        content = json.dumps(body).encode()
+        self.send_response(200 if fine else 500)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    server.asked, server.left = [], 10
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_server_that_fails_in_the_middle_and_is_started_again(server, place, capsys, monkeypatch):
+    pytest.importorskip("openai", reason="openai is not installed")
+    monkeypatch.setenv("MY_KEY", "secret")
+    arguments = [*ARGUMENTS[:9], "--samples", "10", "--max-new-tokens", "16", "--verifier", "judge:anything"]
+    arguments += ["--endpoint", f"http://127.0.0.1:{server.server_port}/v1", "--endpoint-model", "its-name"]
+    arguments += ["--concurrency", "2", "--max-retries", "0", "--api-key-env", "MY_KEY"]
+    assert stm(arguments) == 1
+    error = capsys.readouterr().err
+    assert "requests in a row got no answer, the last because: 500: no memory" in error
+    assert "10 of 60 samples are kept" in error
+    assert len(server.asked) < 60
+    server.left = 1000
+    failed = len(server.asked)
+    assert stm(arguments) == 0
+    assert len(server.asked) - failed == 50
+    assert {(asked["model"], asked["max_tokens"], key) for asked, key in server.asked} == {
+        ("its-name", 16, "Bearer secret")
+    }
+    assert len({sample["text"] for sample in samples_in()}) == 60
+    receipt = json.loads(Path("out.receipt.json").read_text())
+    assert receipt["tokens_generated"] == 300
+    assert receipt["settings"]["engine"] == "endpoint"
+    assert "secret" not in Path("out.receipt.json").read_text() + Path("out.samples.jsonl").read_text()
+
+
+def test_the_command_says_what_got_no_answer(place, capsys, monkeypatch):
+    monkeypatch.setattr(run._Run, "_engine", lambda self: Scripted({(1, 0): ("500: busy", ERROR)}))
+    arguments = [*ARGUMENTS[:9], "--samples", "2", "--verifier", "judge:anything"]
+    assert stm(arguments) == 1
+    assert "stm: 1 requests got no answer: 500: busy" in capsys.readouterr().err
+    assert len(rows_of("out.jsonl")) == 6
+
+
+def test_a_server_that_is_gone_ends_the_run(place):
+    gone = {(row, sample): ("connection refused", ERROR) for row in range(1, 6) for sample in range(10)}
+    engine = Scripted(gone)
+    message = r"(?s)2\d requests in a row got no answer, .*connection refused.*10 of 60 samples are kept.*start again"
+    with pytest.raises(EngineError, match=message):
+        generate_data(settings(samples=10), engine=engine)
+    assert len(engine.asked) == 10 + 21  # the twenty-first is the first of a third row
+    assert engine.closed == 1
+    assert not Path("out.jsonl").exists()
+    engine = Scripted()
+    generate_data(settings(samples=10), engine=engine)
+    assert len(engine.asked) == 50
+
+
+def test_prompts_that_are_too_long_do_not_end_the_run(place):
+    too_long = {(row, sample): ("400: too long", ERROR) for row in (1, 2) for sample in range(25)}
+    receipt = generate_data(settings(samples=25), engine=Scripted(too_long))
+    assert receipt["samples"]["without_an_answer"] == {"400: too long": 50}
+    assert [row["stm_source"] == "ground-truth" for row in rows_of("out.jsonl")] == [False, True, True] + [False] * 3
+
+
+def test_failures_with_answers_between_them_do_not_end_the_run(place):
+    every_other = {(row, sample): ("busy", ERROR) for row in range(6) for sample in range(0, 10, 2)}
+    receipt = generate_data(settings(samples=10), engine=Scripted(every_other))
+    assert receipt["samples"]["without_an_answer"] == {"busy": 30}
+
+
+def test_no_answer_at_all_is_an_error(place):
+    nothing = {(row, sample): ("prompt too long", ERROR) for row in range(6) for sample in range(3)}
+    with pytest.raises(EngineError, match=r"no request got an answer: prompt too long \(18 times\)"):
+        generate_data(settings(), engine=Scripted(nothing))
+    assert not Path("out.jsonl").exists()
+
+
+def test_what_an_engine_leaves_out_is_told(place):
+    class Lazy(Scripted):
+        def generate(self, requests):
+            return super().generate(requests[:-2])
+
+    receipt = generate_data(settings(), engine=Lazy())
+    assert receipt["samples"]["without_an_answer"] == {"the engine left it out": 2}
+
+
+# Data.
+
+
+def test_data_in_parquet_and_in_a_saved_folder(place):
+    rows = rows_of("chats.jsonl")
+    Dataset.from_list(rows).to_parquet("chats.parquet")
+    Dataset.from_list(rows).save_to_disk("saved")
+    for name in ("chats.parquet", "saved"):
+        assert read_data(name) == rows
+        assert read_data(name, 2) == rows[:2]
+    assert rows_digest(rows, "x") == rows_digest([dict(reversed(row.items())) for row in rows], "x")
+    assert rows_digest(rows, "x") != rows_digest(rows[::-1], "x")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "x"}], "x, row 0: needs `messages`, or `prompt` and `completion`"),
+        ([{"messages": [{"role": "user", "content": "x"}]}], "row 0: `messages` must be a request and end with"),
+        ([{"prompt": "x", "completion": "y"}, {"messages": []}], "row 1: `messages` must"),
+        ([{"prompt": [], "completion": [{"role": "assistant", "content": "y"}]}], "row 0: a request and an answer"),
+        (
+            [{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "tool", "content": "y"}]}],
+            "row 0: the last message must be the assistant's",
+        ),
+        (
+            [
+                {"prompt": "x", "completion": "y"},
+                {"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}]},
+            ],
+            "row 1: the last message must be the assistant's, with text",
+        ),
+        (
+            [
+                {"prompt": "x", "completion": "y"},
+                {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            ],
+            "x: all rows must have one form; row 0 has prompt and completion of text, row 1 has messages",
+        ),
+    ],
+)
+def test_data_of_another_form_is_named(rows, message):
+    with pytest.raises(ValueError, match=message):
+        problems_of(rows, "x")
+
+
+def test_data_that_is_not_there(place):
+    with pytest.raises(ValueError, match=r"--data none.jsonl: no such file"):
+        read_data("none.jsonl")
+    with pytest.raises(ValueError, match=r"--data some/where: give a .jsonl file"):
+        read_data("some/where")
+    with pytest.raises(ValueError, match="row 0: JSON lines cannot hold it"):
+        rows_digest([{"x": b"bytes"}], "x")
+    with pytest.raises(ValueError, match="row 0: JSON lines cannot hold it"):
+        rows_digest([{"x": "\ud800"}], "x")
+
+
+def test_the_row_itself_stays_as_it_is():
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "name": "n"}], "x": 1}
+    before = json.dumps(row)
+    assert with_answer(row, "b", "self-output") == {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b", "name": "n"}],
+        "x": 1,
+        "stm_source": "self-output",
+    }
+    assert json.dumps(row) == before
+
+
+def test_rows_without_a_verifiers_form_are_refused_before_anything_is_generated(place):
+    with pytest.raises(ValueError, match="verifier"):
+        generate_data(settings(verifier=None), engine=Scripted(before=pytest.fail))
+    assert not Path("out.samples.jsonl").exists()
+
+
+# Prompts.
+
+
+def test_template():
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is {answer}?"}]
+    asked = rephrase_messages(REPHRASE_TEMPLATE, messages, "It is {instruction}.", "row 0")
+    assert asked[0] == messages[0]
+    assert "### Task\nWhat is {answer}?\n" in asked[1]["content"]
+    assert "### Correct answer\nIt is {instruction}.\n" in asked[1]["content"]
+    with pytest.raises(ValueError, match="row 3: to be rephrased, an answer must follow a user's message"):
+        rephrase_messages(REPHRASE_TEMPLATE, messages[:1], "a", "row 3")
+
+
+def test_template_files(tmp_path):
+    assert read_template(None) == REPHRASE_TEMPLATE
+    (tmp_path / "t").write_text("only {instruction}")
+    with pytest.raises(ValueError, match=r"t: lacks \{answer\}; it needs \{instruction\} where"):
+        read_template(tmp_path / "t")
+    with pytest.raises(ValueError, match="none: cannot be read"):
+        read_template(tmp_path / "none")
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "x"}, "--method must be one of self-output, rephrase, got 'x'"),
+        ({"rejected": "x"}, "--rejected must be one of ground-truth, drop"),
+        ({"template": Path("t")}, "--template is for --method rephrase"),
+        ({"output": Path("out.json")}, "--output must end in .jsonl"),
+        ({"samples": 0}, "--samples must be a whole number of at least 1, got 0"),
+        ({"rows": 0}, "--rows must be"),
+        ({"batch_size": -1}, "--batch-size must be"),
+        ({"sampling": Sampling(temperature=-1)}, "--temperature must be 0 or more, got -1"),
+        ({"sampling": Sampling(temperature=float("nan"))}, "--temperature must be"),
+        ({"sampling": Sampling(temperature=0)}, "all 3 samples of a row would be the same"),
+        ({"sampling": Sampling(top_p=0)}, "--top-p must be more than 0 and at most 1"),
+        ({"sampling": Sampling(max_new_tokens=0)}, "--max-new-tokens must be"),
+        ({"sampling": Sampling(seed=-1)}, "--seed must be 0 or more"),
+        ({"endpoint": Endpoint("http://x", concurrency=0)}, "--concurrency must be"),
+        ({"endpoint": Endpoint("http://x", timeout=0)}, "--timeout must be more than 0 seconds"),
+        ({"endpoint": Endpoint("http://x", max_retries=-1)}, "--max-retries must be 0 or more"),
+    ],
+)
+def test_values_that_are_not_allowed(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+def test_the_data_and_other_files_are_not_written_over(place):
+    with pytest.raises(ValueError, match=r"--output .*chats.jsonl is the data itself"):
+        settings(output=place / "chats.jsonl")
+    Path("out.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match=r"out.jsonl is there already, without out.samples.jsonl"):
+        generate_data(settings(), engine=Scripted(before=pytest.fail))
+    assert Path("out.jsonl").read_text() == "mine"
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.settings_of(parser.parse_args([*ARGUMENTS[1:9], *arguments]))
+
+
+def test_flags():
+    assert parsed() == GenerateSettings("self-output", "model", "chats.jsonl", Path("out.jsonl"))
+    assert parsed().num_samples == 32
+    assert parsed().sampling == Sampling(0.7, 0.95, 512, 0)
+    server = parsed("--endpoint", "http://x/v1", "--endpoint-model", "m", "--concurrency", "2", "--timeout", "3")
+    assert server.endpoint == Endpoint("http://x/v1", "m", 2, 3.0)
+    with pytest.raises(ValueError, match="--endpoint-model, --max-retries: of no use without --endpoint URL"):
+        parsed("--endpoint-model", "m", "--max-retries", "2")
+
+
+def test_bad_flags_are_told_without_a_traceback(place, capsys):
+    assert stm([*ARGUMENTS, "--top-p", "2"]) == 1
+    assert capsys.readouterr().err == "stm: --top-p must be more than 0 and at most 1, got 2.0.\n"
+
+
+def test_progress_line(tmp_path):
+    file = SamplesFile(tmp_path / "x.samples.jsonl", {})
+    file.add(Sample(0, 0, "a", 1, STOP))
+    progress = Progress(file, 2, 10, pytest.fail)
+    for key in ((0, 1), (1, 0), (1, 1), (2, 0)):
+        file.add(Sample(*key, "a", 1, STOP))
+    file.judge([Sample(0, 0, "a", 1, STOP, "passed", 1.0), Sample(0, 1, "a", 1, STOP, "wrong", 1.0)])
+    # 4 samples in 30 s are 4 problems' halves a minute; 15 samples are left
+    assert progress.line(30) == "2 of 10 problems, 4 a minute, about 2 min left; 50.0% of the samples pass"
+    file.close()
