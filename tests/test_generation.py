@@ -566,7 +566,7 @@ class Completions(BaseHTTPRequestHandler):
         self.server.asked.append((asked, self.headers["Authorization"]))
         fine = self.server.left > 0
         self.server.left -= 1
-        message = {"role": "assistant", "content": f"reply {len(self.server.asked)}"}
+        message = {"role": "assistant", "content": self.server.text or f"reply {len(self.server.asked)}"}
         body = {"error": {"message": "no memory"}}
         if fine:
             usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
@@ -587,7 +587,7 @@ class Completions(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
-    server.asked, server.left = [], 10
+    server.asked, server.left, server.text = [], 10, None
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -627,6 +627,19 @@ def test_the_command_says_what_got_no_answer(place, capsys, monkeypatch):
     assert stm(arguments) == 1
     assert "stm: 1 requests got no answer: 500: busy" in capsys.readouterr().err
     assert len(rows_of("out.jsonl")) == 6
+
+
+def test_a_server_that_draws_nothing_is_told(server, place, capsys):
+    pytest.importorskip("openai", reason="openai is not installed")
+    server.left, server.text = 1000, "always the same"
+    arguments = [*ARGUMENTS[:9], "--samples", "3", "--max-new-tokens", "16", "--verifier", "judge:anything"]
+    arguments += ["--endpoint", f"http://127.0.0.1:{server.server_port}/v1"]
+    assert stm(arguments) == 0
+    assert "the samples of 6 rows are all the same, as if nothing was drawn" in capsys.readouterr().err
+    assert json.loads(Path("out.receipt.json").read_text())["rows"]["of_equal_samples"] == 6
+    server.text = None
+    assert stm([*arguments, "--again"]) == 0
+    assert "all the same" not in capsys.readouterr().err
 
 
 def test_a_server_that_is_gone_ends_the_run(place):

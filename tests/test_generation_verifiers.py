@@ -307,7 +307,7 @@ def test_human_answers_of_mbpp():
 def test_code_is_not_run_unless_asked_for():
     for name in ("tests", None):
         with pytest.raises(
-            ValueError, match=r"runs code that the model writes.*--run-model-code, .*run_model_code=True"
+            ValueError, match=r"runs code that the model writes.*--run-model-written-code, .*run_model_code=True"
         ):
             make_verifier(name, [TESTS])
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stm_plugin.options import STMOptions
 from stm_plugin.selection import deciding_scores, mask_labels
 
@@ -137,10 +138,8 @@ def test_good_options():
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("trl", reason="trl is not installed")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from stm_plugin.cli import main  # noqa: E402
-from stm_plugin.scored import read_scored  # noqa: E402
-from trl_helpers import (  # noqa: E402
+from peft import LoraConfig, get_peft_model
+from trl_helpers import (
     CountTokens,
     RecordingSTM,
     one_thread,  # noqa: F401
@@ -148,6 +147,9 @@ from trl_helpers import (  # noqa: E402
     plain_trainer,
     stm_trainer,
 )
+
+from stm_plugin.cli import main
+from stm_plugin.scored import read_scored
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -260,9 +262,7 @@ def test_scores_are_kept_and_thresholds_applied_when_read(
     assert "which this run did not make" in capsys.readouterr().err
 
 
-def test_a_resumed_run_keeps_its_masks_and_makes_the_tuned_scores_again(
-    tuned, tokenizer, make_model, chats, tmp_path
-):
+def test_a_resumed_run_keeps_its_masks_and_makes_the_tuned_scores_again(tuned, tokenizer, make_model, chats, tmp_path):
     import shutil
 
     path, _ = tuned
@@ -317,9 +317,7 @@ def test_a_tuned_model_in_four_bits_like_the_one_in_training(tokenizer, make_mod
 
     make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32

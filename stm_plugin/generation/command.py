@@ -109,6 +109,13 @@ def main(args: argparse.Namespace) -> int:
         print("Stopped. What has been generated stays; start again to go on.", file=sys.stderr)
         return 130
     print("\n".join(summary(receipt, settings)))
+    equal = receipt["rows"]["of_equal_samples"]
+    if settings.sampling.temperature > 0 and equal > receipt["rows"]["read"] / 2:
+        print(
+            f"stm: the samples of {equal:,} rows are all the same, as if nothing was drawn. Does the server heed the "
+            "temperature? `transformers serve` does only with do_sample: true in the model's generation_config.json.",
+            file=sys.stderr,
+        )
     failed = receipt["samples"]["without_an_answer"]
     for reason, number in failed.items():
         print(f"stm: {number} requests got no answer: {reason}", file=sys.stderr)

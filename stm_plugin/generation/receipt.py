@@ -49,6 +49,7 @@ def make_receipt(
             "ground_truth": 0 if drops else rejected,
             "dropped": rejected if drops else 0,
             "written": len(answers),
+            "of_equal_samples": equal_samples(samples),
         },
         "samples": {
             "generated": len(samples),
@@ -64,6 +65,14 @@ def make_receipt(
         "settings": settings,
         **environment(),
     }
+
+
+def equal_samples(samples: Sequence[Sample]) -> int:
+    """How many rows have several samples that are all the same text: a server may not heed the temperature."""
+    texts: dict[int, list[str]] = {}
+    for sample in samples:
+        texts.setdefault(sample.row, []).append(sample.text)
+    return sum(len(of_row) > 1 and len(set(of_row)) == 1 for of_row in texts.values())
 
 
 def _summary(perplexities: Sequence[float]) -> dict[str, float | int | None]:
