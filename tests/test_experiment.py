@@ -4,6 +4,8 @@ import argparse
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +18,10 @@ import pytest
 from stm_plugin.experiment import arm, run
 from stm_plugin.experiment.config import RunName, make_experiment, read_experiment
 from stm_plugin.experiment.contrast import contrast
+from stm_plugin.experiment.preparing import ScoringClock, preparing
 from stm_plugin.experiment.results import (
     document_ids,
+    model_path,
     packed_evaluation,
     read_json,
     run_path,
@@ -114,6 +118,117 @@ def test_what_is_not_allowed_is_named(changes, message):
         minimal(**changes)
 
 
+# What is generated, and models that other runs leave.
+
+MORE = """
+rows: 10
+evaluation: {run_model_code: true}
+generate:
+  made: {method: self-output, samples: 4, temperature: 0.5, batch_size: 2}
+  again: {method: rephrase, data: asked.jsonl, rows: null, template: how.txt, dtype: bfloat16, run_model_code: false}
+main: [plain, stm, own]
+arms:
+  diff: {stm_strategy: difference, stm_tuned_model: plain/1, seeds: [0, 1]}
+  plain: {seeds: [0, 1]}
+  stm: {stm_threshold: 2.5}
+  own: {data: made, title: Self-Output}
+  both: {data: again, stm_strategy: hybrid, stm_tuned_model: own}
+  hub: {stm_strategy: hybrid, stm_tuned_model: some/model}
+"""
+
+
+def more(**changes):
+    return make_experiment(load_yaml(MINIMAL) | load_yaml(MORE) | changes, "more")
+
+
+def test_generations_take_over_what_they_do_not_change():
+    made, again = more().generate.values()
+    settings = made.generate_settings(Path("data"), Path("out"))
+    assert (settings.method, settings.samples, settings.rows, settings.batch_size) == ("self-output", 4, 10, 2)
+    assert (settings.model, settings.dtype, settings.run_model_code) == ("some/model", "float32", True)
+    assert (settings.data, settings.output) == ("data/chats.jsonl", Path("out/generated/made.jsonl"))
+    assert (settings.sampling.temperature, settings.sampling.top_p) == (0.5, 0.95)
+    settings = again.generate_settings(Path("data"), Path("out"))
+    assert (settings.data, settings.rows, settings.dtype) == ("data/asked.jsonl", None, "bfloat16")
+    assert (settings.template, settings.run_model_code, settings.num_samples) == (Path("data/how.txt"), False, 1)
+    assert again.files() == ["asked.jsonl", "how.txt"]
+    assert json.loads(json.dumps(again.options, allow_nan=False)) == again.options
+
+
+def test_generation_by_a_server():
+    given = {"method": "self-output", "endpoint": "http://localhost:1/v1", "concurrency": 3, "timeout": 5}
+    generation = more(generate={"made": given, "again": given}).generate["made"]
+    endpoint = generation.generate_settings(Path(), Path()).endpoint
+    assert (endpoint.url, endpoint.model, endpoint.concurrency, endpoint.timeout) == (given["endpoint"], None, 3, 5)
+    facts = generation.settings()
+    assert facts["endpoint_model"] == "some/model"
+    assert not {"endpoint", "concurrency", "timeout", "batch_size"} & set(facts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generate": ["made"]}, "`generate` must be a mapping of names"),
+        ({"generate": {"a/b": {}}}, "in generate.a/b: the name of a data set is of letters"),
+        ({"generate": {"a.b": {}}}, "in generate.a.b: the name of a data set is of letters"),
+        ({"generate": {"made": {"metod": "rephrase"}}}, "in generate.made: no key 'metod'; did you mean method"),
+        ({"generate": {"made": {"output": "x"}}}, "in generate.made: output is set by --output of the experiment"),
+        ({"generate": {"made": {}}}, "in generate.made: `method` is missing"),
+        ({"generate": {"made": {"method": "x"}}}, "in generate.made: `method` must be one of self-output, rephrase"),
+        ({"generate": {"made": {"method": "rephrase", "top_p": 2}}}, "in generate.made: `top_p` must be more than 0"),
+        ({"generate": {"made": {"method": "rephrase", "samples": "4"}}}, "`samples` must be a whole number, got '4'"),
+        ({"generate": {"made": {"method": "rephrase", "seed": True}}}, "`seed` must be a whole number, got True"),
+        ({"generate": {"made": {"method": "rephrase", "run_model_code": 1}}}, "`run_model_code` must be true or fal"),
+        ({"generate": {"made": {"method": "rephrase", "dtype": "f4"}}}, "`dtype` must be one of auto, float32"),
+        (
+            {"generate": {"made": {"method": "rephrase", "data": "made"}}},
+            "in generate.made: its data, 'made', are gen",
+        ),
+        ({"generate": {"made": {"method": "self-output", "template": "x"}}}, "`template` is for `method` rephrase"),
+        ({"data": "made"}, "its data, 'made', are generated ones. Name the file"),
+        ({"arms": {"a": {"stm_tuned_model": "plian/0"}, "plain": {}}}, "in arms.a: stm_tuned_model: plian/0: no arm"),
+        ({"arms": {"a": {"stm_tuned_model": "plain/3"}, "plain": {}}}, "plain has no seed 3, it has 0."),
+        ({"arms": {"a": {"stm_tuned_model": "a"}}}, "an arm cannot be its own tuned model (a -> a)"),
+        (
+            {"arms": {"a": {"stm_tuned_model": "b/0"}, "b": {"stm_tuned_model": "c"}, "c": {"stm_tuned_model": "a"}}},
+            "in arms.a: stm_tuned_model: an arm cannot be its own tuned model (a -> b -> c -> a)",
+        ),
+    ],
+)
+def test_what_is_not_allowed_of_data_systems_is_named(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        more(**{"main": None, "compare": None} | changes)
+
+
+def test_tuned_models_are_runs_or_what_they_were():
+    experiment = more()
+    names = {name: experiment.tuned_run(RunName(name, 0)) for name in experiment.arms}
+    assert names == {"diff": ("plain", 1), "both": ("own", 0)} | dict.fromkeys(("plain", "stm", "own", "hub"))
+    assert experiment.runs_to_keep() == {RunName("plain", 1), RunName("own", 0)}
+    assert experiment.run_settings(RunName("hub", 0))["options"]["stm_tuned_model"] == "some/model"
+
+
+def test_settings_hold_what_generated_data_and_tuned_models_depend_on():
+    experiment = more()
+    run_name = RunName("both", 0)
+    before = experiment.run_settings(run_name)
+    assert before["options"]["stm_tuned_model"] == "own/0"
+    assert experiment.files(run_name) == ["asked.jsonl", "chats.jsonl", "how.txt", "other.jsonl", "target.jsonl"]
+    changed = load_yaml(MORE)
+    changed["generate"]["made"] |= {"top_p": 0.9, "batch_size": 7}
+    changed["generate"]["again"]["method"] = "rephrase"
+    changed["generate"]["again"]["seed"] = 5
+    changed["arms"]["own"]["training"] = {"learning_rate": 1.0}
+    assert differences(before, more(**changed).run_settings(run_name)) == [
+        "generated.seed was 0, is now 5",
+        "tuned_run.training.learning_rate was 0.0002, is now 1.0",
+        "tuned_run.generated.top_p was 0.95, is now 0.9",
+    ]
+    now = minimal().run_settings(RunName("plain", 0))
+    before = {name: value for name, value in now.items() if name not in ("generated", "tuned_run")}
+    assert differences(before, now) == []  # results from before stay good
+
+
 def test_yaml_as_people_write_it():
     assert load_yaml("a: 2e-4\nb: -1E3\nc: 1.5\nd: e5\n") == {"a": 0.0002, "b": -1000.0, "c": 1.5, "d": "e5"}
     assert load_yaml("a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}") == {"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 3}}
@@ -171,7 +286,10 @@ def test_shipped_config(path):
         for arm in experiment.arms.values()
     }
     assert pairs >= {(0.0, 0.05), (0.2, 0.3), (0.5, 0.3)}
-    assert len({arm.data for arm in experiment.arms.values()}) == 3
+    assert len({arm.data for arm in experiment.arms.values()}) == 5
+    assert {generation.options["method"] for generation in experiment.generate.values()} == {"self-output", "rephrase"}
+    assert set(experiment.generate) < {arm.data for arm in experiment.arms.values()}
+    assert {o["stm_strategy"] for o in options if o.get("stm_tuned_model") == "plain/0"} == {"difference", "hybrid"}
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert f"stm experiment {path.name} --data DATA" in head
     assert ("NOT RUN here" in head) == ("smollm2" not in path.name)
@@ -193,13 +311,16 @@ def test_shipped_arms_are_configs_of_trl_and_peft(path, tmp_path):
     experiment = read_experiment(path)
     for name in experiment.runs():
         settings = json.loads(json.dumps(experiment.run_settings(name), allow_nan=False))
-        parts = make_parts(settings, tmp_path / "out", tmp_path / "scores", use_cpu=True)
+        parts = make_parts(settings, tmp_path / "model", tmp_path / "out", use_cpu=True)
         own = experiment.arms[name.arm]
         assert isinstance(parts.args, STMSFTConfig) == (own.kind == "stm")
         assert isinstance(parts.args, KLSFTConfig) == (own.kind == "kl")
         assert (parts.peft_config is None) == (own.lora is None)
         assert parts.args.seed == name.seed
-        assert all(getattr(parts.args, key) == value for key, value in own.options.items())
+        options = own.options
+        if "stm_tuned_model" in options:  # a run of the experiment, of which the trainer gets the folder
+            options = options | {"stm_tuned_model": str(model_path(tmp_path / "out", RunName("plain", 0)))}
+        assert all(getattr(parts.args, key) == value for key, value in options.items())
         assert all(getattr(parts.args, key) == value for key, value in own.training.items() if "kwargs" not in key)
     assert parts.args.learning_rate == experiment.arms[name.arm].training["learning_rate"]
 
@@ -367,6 +488,12 @@ class Stage:
         if Path(job["work"]).name in self.broken:
             log.write_text("Traceback\nRuntimeError: it broke\n\n")
             return 1
+        if "train" in phases:
+            (Path(job["work"]) / "model").mkdir()
+        if phases[-1] == "generate":
+            data = self.output / "generated" / f"{job['generation']}.jsonl"
+            write_json(RECEIPT | {"made_for": job["settings"]}, data.with_suffix(".receipt.json"))
+            data.write_text("{}\n")
         if phases[-1] == "initial":
             write_json(initial_result(job["settings"]), Path(job["result"]))
         if phases[-1] == "measure":
@@ -385,6 +512,16 @@ def stage(tmp_path, monkeypatch):
 
 BEFORE = evaluation("m", score("t", [1, 0] * 40), score("arc_challenge", [1, 1, 0] * 40), score("gsm8k", [0, 1] * 30))
 HERE = {"versions": {"torch": "2"}, "machine": {"platform": "x", "cores": 2, "gpus": []}, "commit": "abc"}
+
+
+RECEIPT = {
+    "method": "self-output",
+    "rows": {"read": 10, "with_a_passing_sample": 4, "written": 8},
+    "samples": {"generated": 40, "passed": 5, "acceptance_rate": 0.125, "without_an_answer": {}},
+    "perplexity": {"before": {"mean": 4.0, "std": 2.0}, "after": {"mean": 3.0, "std": 1.5}},
+    "tokens_generated": 12345,
+    "seconds": {"generate": 500.0, "verify": 12.0, "total": 512.0},
+} | HERE
 
 
 def initial_result(settings):
@@ -584,9 +721,9 @@ def test_table(done, capsys):
     assert rows["plain"][1] == "-"
     assert rows["stm"][:2] == ["2", "20.00 %"]
     assert rows["stm"][3].startswith("0.00 % [")
-    assert rows["stm"][-1] == "50 + 3"
-    assert rows["plain"][-1] == "50"
-    assert rows["plain"][-3] == "0.105 (0.1 to 0.11)"
+    assert rows["stm"][-2:] == ["3.0", "50"]
+    assert rows["plain"][-2:] == ["-", "50"]
+    assert rows["plain"][-4] == "0.105 (0.1 to 0.11)"
     assert "Does stm forget less than plain? BWT 0.00 % against -37.50 %" in text
     assert "over 180 documents and 2 seeds: **yes**." in text
     assert "Does stm gain more on the target than plain?" in text
@@ -635,6 +772,278 @@ def test_plots_show_shares_and_rates_where_arms_differ_in_them(done, tmp_path):
     first = [(tmp_path / name).read_bytes() for name in names]
     write_plots(summary, tmp_path)
     assert [(tmp_path / name).read_bytes() for name in names] == first
+
+
+# Data that are generated, and models that other runs take, with the same stand-in.
+
+
+def with_arms(**arms):
+    return more(arms=arms, main=None, compare=None)
+
+
+def phases_of(stage):
+    """Folder and phases of each process."""
+    return [f"{Path(command[-1]).parent.name}: {' '.join(command[3:-1])}" for command in stage.commands]
+
+
+def test_data_are_generated_once_before_the_first_run_that_needs_them(stage):
+    stage.experiment = with_arms(plain={}, a={"data": "made"}, b={"data": "made"})
+    assert stage.runner().run(stage.experiment.runs()) == []
+    assert stage.names() == ["check", "initial", "plain-0", "generate-made", "a-0", "b-0"]
+    assert not list((stage.output / "work").iterdir())
+    assert not (stage.output / "models").exists()
+    assert "made: 5 of 40 samples passed, 8 rows written, 512 s" in stage.said
+    run_path(stage.output, RunName("a", 0)).unlink()
+    stage.runner().run(stage.experiment.runs())
+    assert stage.names()[6:] == ["check", "a-0"]
+    settings = read_json(run_path(stage.output, RunName("a", 0)))["settings"]
+    assert set(settings["files"]) == {"chats.jsonl", "other.jsonl", "target.jsonl"}
+
+
+def test_what_could_not_be_generated_fails_its_runs_and_is_gone_on_with(stage):
+    stage.experiment = with_arms(a={"data": "made"}, b={"data": "made"}, plain={})
+    stage.broken = {"generate-made"}
+    assert stage.runner().run(stage.experiment.runs()) == ["a/0", "b/0"]
+    assert stage.names() == ["check", "initial", "generate-made", "plain-0"]
+    assert any("b/0 failed: its data, made, could not be generated" in line for line in stage.said)
+    samples = stage.output / "generated" / "made.samples.jsonl"
+    samples.write_text("what the process that ended has left")
+    stage.broken = set()
+    assert stage.runner().run(stage.experiment.runs()) == []
+    assert stage.names()[4:] == ["check", "generate-made", "a-0", "b-0"]
+    assert samples.exists()
+
+
+def test_a_changed_generation_is_named_and_refused_or_made_anew(stage):
+    stage.experiment = with_arms(a={"data": "made"}, plain={})
+    stage.runner().run(stage.experiment.runs())
+    samples = stage.output / "generated" / "made.samples.jsonl"
+    samples.write_text("of the settings before")
+    made = load_yaml(MORE)["generate"]["made"] | {"seed": 3}
+    stage.experiment = more(
+        arms={"a": {"data": "made"}, "plain": {}}, main=None, compare=None, generate={"made": made}
+    )
+    with pytest.raises(ValueError, match=r"a/0: generated.seed was 0, is now 3") as caught:
+        stage.runner().run(stage.experiment.runs())
+    assert "generate.made: seed was 0, is now 3" in str(caught.value)
+    assert "plain/0" not in str(caught.value)
+    assert stage.runner(again=True).run(stage.experiment.runs()) == []
+    assert stage.names()[5:] == ["check", "generate-made", "a-0"]
+    assert not samples.exists()
+    (stage.folder / "chats.jsonl").write_text("others\n")
+    with pytest.raises(ValueError, match=r"generate.made: files.chats.jsonl was"):
+        stage.runner().run(stage.experiment.chosen_runs(["a"]))
+
+
+def test_a_generated_data_set_has_no_files_name(stage):
+    (stage.folder / "made").write_text("x")
+    stage.experiment = with_arms(plain={})
+    with pytest.raises(ValueError, match=r"in generate.made: .* has a file of this name, and `data: made` could mean"):
+        stage.runner().run(stage.experiment.runs())
+    assert stage.commands == []
+
+
+def test_time_that_generating_took_counts(stage, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    wait = stage.wait
+
+    def slow(command, log, append):
+        clock[0] += 300 if "generate" in command else 0
+        return wait(command, log, append)
+
+    monkeypatch.setattr(run, "_wait", slow)
+    stage.experiment = with_arms(a={"data": "made"}, plain={})
+    assert stage.runner(minutes=4).run(stage.experiment.runs()) == []
+    assert stage.names() == ["check", "initial", "generate-made"]
+    assert stage.said[-1] == "Stopped before a/0: 2 runs are left. Start again to go on."
+
+
+def test_a_run_comes_after_the_one_whose_model_it_takes(stage):
+    tuned = {"stm_strategy": "hybrid", "stm_tuned_model": "plain/1"}
+    stage.experiment = with_arms(diff=tuned, twice=tuned | {"stm_tuned_model": "diff"}, plain={"seeds": [0, 1]})
+    assert stage.runner().run(stage.experiment.chosen_runs(["twice"])) == []
+    assert stage.names() == ["check", "initial", "plain-1", "diff-0", "twice-0"]
+    assert [path.name for path in sorted((stage.output / "models").iterdir())] == ["diff-0", "plain-1"]
+    stage.runner().run(stage.experiment.runs())
+    assert stage.names()[5:] == ["check", "plain-0"]
+    settings = read_json(run_path(stage.output, RunName("diff", 0)))["settings"]
+    assert settings["options"]["stm_tuned_model"] == "plain/1"
+    assert (settings["tuned_run"]["arm"], settings["tuned_run"]["seed"]) == ("plain", 1)
+    tuned_model = {"training": {"learning_rate": 1.0}, "seeds": [0, 1]}
+    stage.experiment = with_arms(diff=tuned, plain=tuned_model)
+    with pytest.raises(ValueError, match=r"diff/0: tuned_run.training.learning_rate was 0.0002, is now 1.0"):
+        stage.runner().run(stage.experiment.chosen_runs(["diff"]))
+    assert stage.runner(again=True).run(stage.experiment.chosen_runs(["diff"])) == []
+    assert stage.names()[7:] == ["check", "plain-1", "diff-0"]
+
+
+def test_a_model_that_is_gone_is_trained_again_and_its_result_stays(stage):
+    tuned = {"stm_strategy": "hybrid", "stm_tuned_model": "plain"}
+    stage.experiment = with_arms(plain={"data": "made"}, diff=tuned)
+    stage.runner().run(stage.experiment.chosen_runs(["plain"]))
+    kept, result = model_path(stage.output, RunName("plain", 0)), run_path(stage.output, RunName("plain", 0))
+    before = result.read_bytes(), result.stat().st_mtime_ns
+    for path in (*kept.iterdir(), *(stage.output / "generated").iterdir()):
+        path.unlink()
+    assert stage.runner().run(stage.experiment.runs()) == []
+    assert phases_of(stage)[4:] == [
+        "check: check",
+        "generate-made: generate",
+        "plain-0: train",
+        "diff-0: train measure",
+    ]
+    assert (result.read_bytes(), result.stat().st_mtime_ns) == before
+    assert kept.is_dir()
+    assert not list((stage.output / "work").iterdir())
+
+
+def test_a_model_of_other_settings_is_not_taken(stage):
+    tuned = {"stm_strategy": "hybrid", "stm_tuned_model": "plain"}
+    stage.experiment = with_arms(plain={})
+    stage.runner(keep_models=True).run(stage.experiment.runs())
+    stage.experiment = with_arms(plain={"training": {"learning_rate": 1.0}})
+    stage.runner(again=True).run(stage.experiment.runs())  # keeps none: the model there is still the one before
+    stage.experiment = with_arms(plain={"training": {"learning_rate": 1.0}}, diff=tuned)
+    stage.runner().run(stage.experiment.runs())
+    assert phases_of(stage)[-2:] == ["plain-0: train", "diff-0: train measure"]
+
+
+def test_a_run_fails_with_the_one_whose_model_it_takes(stage):
+    stage.experiment = with_arms(plain={}, diff={"stm_strategy": "hybrid", "stm_tuned_model": "plain"})
+    stage.broken = {"plain-0"}
+    assert stage.runner().run(stage.experiment.runs()) == ["plain/0", "diff/0"]
+    assert any("diff/0 failed: the run whose model it takes, plain/0, has failed" in line for line in stage.said)
+    assert stage.names() == ["check", "initial", "plain-0"]
+
+
+def test_list_of_generated_data(stage, capsys):
+    config = stage.folder / "more.yaml"
+    config.write_text(json.dumps(load_yaml(MINIMAL.replace(".inf", "2.5")) | load_yaml(MORE)))  # JSON is YAML
+    stage.experiment = read_experiment(config)
+    stage.runner().run(stage.experiment.chosen_runs(["own"]))
+    command(config, "--output", stage.output, "--list")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == ["generate.made self-output done", "generate.again rephrase to do"]
+    config.write_text(config.read_text().replace('"samples": 4', '"samples": 5'))
+    command(config, "--output", stage.output, "--list")
+    assert "self-output begun with other settings: samples was 4, is now 5" in capsys.readouterr().out
+
+
+# What preparing data cost.
+
+
+def test_each_entry_of_scores_has_its_own_seconds(tmp_path, monkeypatch):
+    scores, now = tmp_path / "scores", [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+
+    def make(name, when):
+        (scores / name).mkdir(parents=True)
+        (scores / name / "manifest.json").write_text("{}")
+        os.utime(scores / name / "manifest.json", (when, when))
+
+    make("before", 900)
+    (scores / ".late.partial").mkdir()
+    clock = ScoringClock(scores, tmp_path)
+    make("zz", 1003)
+    make("late", 1007)
+    (scores / ".other.partial").mkdir()
+    now[0] = 1010.5
+    assert clock.stop()
+    found = {path.stem: read_json(path) for path in (tmp_path / "scoring").iterdir()}
+    assert found == {
+        "zz": {"seconds": 3.0, "is_whole": True},
+        "late": {"seconds": 7.5, "is_whole": False},  # a part of it was there from an earlier start
+    }
+    assert not ScoringClock(scores, tmp_path).stop()
+
+
+def test_costs_are_added_up(tmp_path):
+    experiment = more()
+    settings = {name: experiment.run_settings(RunName(name, 0)) for name in experiment.arms}
+    for name, seconds in (("one", 3.0), ("two", 4.5)):
+        write_json({"seconds": seconds, "is_whole": True}, tmp_path / "scoring" / f"{name}.json")
+    for name in ("made", "again"):
+        write_json(RECEIPT, tmp_path / "generated" / f"{name}.receipt.json")
+    for name, seed, own in (("plain", 1, None), ("own", 0, {"seconds": 512.0, "is_whole": True})):
+        facts = run_result(experiment.run_settings(RunName(name, seed))) | {"preparing": own}
+        write_json(facts, run_path(tmp_path, RunName(name, seed)))
+
+    def cost(name, *entries):
+        facts = preparing(settings[name], list(entries), tmp_path)
+        parts = [facts[part] for part in ("generating", "scoring", "tuned_model")]
+        assert facts["seconds"] == sum(parts)
+        return [*parts, facts["is_whole"]]
+
+    assert cost("plain") == [0, 0, 0, True]
+    assert cost("stm", "one") == [0, 3, 0, True]
+    assert cost("diff", "one", "two") == [0, 7.5, 50, True]
+    assert cost("own") == [512, 0, 0, True]
+    assert cost("both", "one", "two") == [512, 7.5, 50 + 512, True]
+    assert cost("stm", "unknown") == [0, 0, 0, False]
+    assert cost("hub", "one", "two") == [0, 7.5, 0, False]
+
+
+@pytest.fixture
+def prepared(stage):
+    """A stage with results of plain, STM and generated data, and what preparing them cost."""
+    stage.experiment = more()
+    (stage.folder / "asked.jsonl").write_text("asked\n")
+    (stage.folder / "how.txt").write_text("how\n")
+    stage.runner().run(stage.experiment.runs())
+    costs = {"plain": (0, True), "stm": (12.04, True), "own": (512, True), "diff": (74.5, True), "hub": (7.5, False)}
+    for name, (seconds, is_whole) in costs.items():
+        for seed in stage.experiment.arms[name].seeds:
+            path = run_path(stage.output, RunName(name, seed))
+            facts = read_json(path) | {"preparing": {"seconds": seconds, "is_whole": is_whole}}
+            facts["generation"] = {key: RECEIPT[key] for key in RECEIPT} if name == "own" else None
+            write_json(facts, path)
+    return stage
+
+
+def tables_of(stage):
+    from stm_plugin.experiment.summary import summarize
+    from stm_plugin.experiment.tables import markdown
+
+    return markdown(summarize(stage.experiment, stage.output))
+
+
+def test_table_of_what_preparing_data_cost(prepared):
+    text = tables_of(prepared)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[0][-2:] == ["preparing data (s)", "seconds"]
+    cells = {row[0]: row[-2:] for row in rows}
+    assert cells["plain"] == ["-", "50"]
+    assert cells["stm"] == ["12", "50"]
+    assert cells["Self-Output"] == ["512", "50"]
+    assert cells["diff"] == ["74", "50"]
+    assert cells["hub"] == ["> 7.5", "50"]
+    assert "- Preparing data for stm took 12 s, Self-Output 512 s: **1/43**." in text
+    assert (
+        "made, generated (self-output): 10 problems, 4 samples each, 40 in all, of which 12.50 % passed; 8 rows, "
+        "50.00 % of them with the model's own answer; 12,345 tokens generated; perplexity of the answers, mean "
+        "(standard deviation) over rows: 4.00 (2.00) before, 3.00 (1.50) after." in text
+    )
+    assert "made 4.00 (1.00)" in text
+
+
+@pytest.mark.parametrize("change", ["machine", "rows", "part", "strategy"])
+def test_preparation_is_compared_only_like_with_like(prepared, change):
+    path = run_path(prepared.output, RunName("stm", 0))
+    facts = read_json(path)
+    if change == "machine":
+        facts["machine"]["cores"] = 64
+    elif change == "part":
+        facts["preparing"]["is_whole"] = False
+    else:
+        arms = {"stm": {"rows": 5} if change == "rows" else {"stm_strategy": "low"}}
+        arms["stm"]["stm_threshold"] = 2.5
+        prepared.experiment = more(arms=load_yaml(MORE)["arms"] | arms)
+        facts["settings"] = prepared.runner().settings(RunName("stm", 0))
+    write_json(facts, path)
+    text = tables_of(prepared)
+    assert "| stm |" in text
+    assert "Preparing data for" not in text
 
 
 # Processes.
@@ -718,6 +1127,13 @@ arms:
   full: {{lora: null, kl_coef: 0.1}}
 """
 
+SYSTEMS = """
+  difference: {stm_strategy: difference, stm_threshold: 1.0e-3, stm_tuned_model: plain}
+  own: {data: made}
+generate:
+  made: {method: self-output, samples: 2, max_new_tokens: 3, verifier: exact}
+"""
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, make_model, tokenizer, chats):
@@ -738,7 +1154,7 @@ def tiny(tmp_path_factory, make_model, tokenizer, chats):
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    (folder / "tiny.yaml").write_text(TINY.format(model=folder / "model", steps=3))
+    (folder / "tiny.yaml").write_text(TINY.format(model=folder / "model", steps=3) + SYSTEMS.lstrip("\n"))
     return folder
 
 
@@ -793,6 +1209,62 @@ def test_receipt_facts_of_a_masked_run(tiny_run):
     assert list((tiny_run / "scores").iterdir())
 
 
+def test_generated_data_of_a_whole_experiment(tiny, tiny_run):
+    """The answers of random weights are all wrong, so that the human ones stay, and with them the training."""
+    rows = [json.loads(line) for line in (tiny_run / "generated" / "made.jsonl").read_text().splitlines()]
+    given = [json.loads(line) for line in (tiny / "chats.jsonl").read_text().splitlines()]
+    assert rows == [row | {"stm_source": "ground-truth"} for row in given[:8]]
+    facts, plain_facts = (read_json(run_path(tiny_run, RunName(name, 0))) for name in ("own", "plain"))
+    assert facts["losses"] == plain_facts["losses"]
+    assert facts["weight_change_l2"] == plain_facts["weight_change_l2"]
+    receipt = read_json(tiny_run / "generated" / "made.receipt.json")
+    assert receipt["samples"]["generated"] == facts["generation"]["samples"]["generated"] == 16
+    assert facts["preparing"]["generating"] == pytest.approx(receipt["seconds"]["total"], abs=1e-3)
+    assert facts["preparing"]["seconds"] == facts["preparing"]["generating"] > 0
+    assert plain_facts["preparing"]["seconds"] == 0
+    assert plain_facts["generation"] is None
+    assert facts["settings"]["generated"]["run_model_code"] is False
+    assert facts["answers_perplexity"]["mean"] == pytest.approx(plain_facts["answers_perplexity"]["mean"])
+    assert receipt["perplexity"]["before"]["mean"] == pytest.approx(facts["answers_perplexity"]["mean"], rel=1e-4)
+
+
+def test_masks_by_the_model_of_another_run(tiny_run):
+    facts, stm, plain_facts = (read_json(run_path(tiny_run, RunName(n, 0))) for n in ("difference", "stm", "plain"))
+    assert facts["settings"]["options"]["stm_tuned_model"] == facts["masks"]["tuned_model"] == "plain/0"
+    assert 0 < facts["masks"]["masked_fraction"] < 1
+    entries = {path.stem: read_json(path)["seconds"] for path in (tiny_run / "scoring").iterdir()}
+    assert {path.name for path in (tiny_run / "scores").iterdir() if path.is_dir()} == set(entries)
+    assert len(entries) == 2  # by the initial model, made for `stm` and found; by the tuned one
+    assert facts["preparing"]["scoring"] == pytest.approx(sum(entries.values()), abs=1e-3)
+    assert 0 < stm["preparing"]["scoring"] < facts["preparing"]["scoring"]
+    assert facts["preparing"]["tuned_model"] == plain_facts["seconds"]["training"]
+    assert stm["preparing"]["is_whole"] is facts["preparing"]["is_whole"] is True
+
+
+def test_results_hold_no_path_of_this_machine(tiny, tiny_run):
+    files = [path for path in tiny_run.rglob("*.json*") if "models" not in path.parts and "scores" not in path.parts]
+    assert {"initial.json", "0.json", "made.receipt.json", "made.samples.jsonl"} <= {path.name for path in files}
+    for path in files:
+        text = path.read_text(encoding="utf-8").replace(str(tiny / "model"), "")  # the YAML names it so
+        assert str(tiny) not in text, path
+        assert str(ROOT) not in text, path
+
+
+def test_a_tuned_model_that_is_gone_is_trained_again_as_it_was(tiny, tiny_run, monkeypatch):
+    monkeypatch.setattr(run, "_wait", in_process)
+    path, plain_path = (run_path(tiny_run, RunName(name, 0)) for name in ("difference", "plain"))
+    before, plain_before = read_json(path), plain_path.stat().st_mtime_ns
+    path.unlink()
+    shutil.rmtree(tiny_run / "models" / "plain-0")
+    assert command(tiny / "tiny.yaml", "--data", tiny, "--output", tiny_run, "--only", "difference") == 0
+    after = read_json(path)
+    assert after["masks"] == before["masks"]
+    assert after["preparing"] == before["preparing"]
+    assert after["scoring"] == "found"
+    assert plain_path.stat().st_mtime_ns == plain_before
+    assert (tiny_run / "models" / "plain-0").is_dir()
+
+
 @pytest.mark.parametrize("name", ["plain", "full"])
 def test_measures_are_those_of_the_saved_model(tiny, tiny_run, name):
     """Weight change and drift by hand, from the model that the run left."""
@@ -823,7 +1295,9 @@ def test_measures_are_those_of_the_saved_model(tiny, tiny_run, name):
 def test_table_of_a_whole_experiment(tiny, tiny_run):
     assert command(tiny / "tiny.yaml", "--output", tiny_run, "--table") == 0
     text = (tiny_run / "table.md").read_text()
-    assert text.count("\n| ") == 6  # head, rule, initial model, three arms
+    assert text.count("\n| ") == 8  # head, rule, initial model, five arms
+    assert "made, generated (self-output): 8 problems, 2 samples each, 16 in all, of which 0.00 % passed" in text
+    assert "Preparing data for stm took" in text
     assert "Does stm forget less than plain?" in text
     assert (tiny_run / "forgetting.png").stat().st_size > 1000
 

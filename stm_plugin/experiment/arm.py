@@ -1,18 +1,23 @@
-"""What the processes of `stm experiment` do: measure the initial model, train a run, measure what it has trained.
+"""What the processes of `stm experiment` do: measure the initial model, generate data, train a run, measure it.
 
-    python -m stm_plugin.experiment.arm check|initial|train|measure... JOB.json
+    python -m stm_plugin.experiment.arm check|initial|generate|train|measure... JOB.json
 
 Each ends when its parent does: the parent holds the other end of its standard input.
 """
 
+import hashlib
 import json
+import logging
 import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .generating import Generation, receipt_path, with_keys
+from .preparing import generation_facts, preparing
 from .results import (
     INITIAL_NAME,
     Facts,
@@ -25,6 +30,8 @@ from .results import (
     write_json,
 )
 from .settings import Settings, task_name, with_folder
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ..forgetting.evaluation import Evaluation
@@ -40,8 +47,15 @@ def main(arguments: list[str]) -> None:
     from ..logs import show_log_lines
 
     show_log_lines()
+    do = {
+        "check": check,
+        "initial": measure_initial,
+        "generate": generate,
+        "train": train_run,
+        "measure": measure_run,
+    }
     for phase in phases:
-        {"check": check, "initial": measure_initial, "train": train_run, "measure": measure_run}[phase](job)
+        do[phase](job)
 
 
 def _end_with_parent() -> None:
@@ -55,18 +69,37 @@ def _end_with_parent() -> None:
 
 
 def check(job: Facts) -> None:
-    """Raise ValueError for settings that TRL, peft, STM or the harness refuse."""
+    """Raise ValueError for settings that TRL, peft, STM, the harness or `stm generate` refuse."""
     from ..forgetting.harness import parse_task
     from .training import check_arms
 
     for task in _tasks(job["settings"][0], Path(job["data"])):
         parse_task(task)
     check_arms(job["settings"])
+    for name, options in job["generate"].items():
+        _check_generation(Generation(name, options), Path(job["data"]))
+
+
+def _check_generation(generation: Generation, data: Path) -> None:
+    """Raise ValueError for data, a template or a verifier that do not go together."""
+    from ..generation.data import problems_of, read_data
+    from ..generation.prompts import read_template
+    from ..generation.verifiers import make_verifier
+
+    settings = generation.generate_settings(data, Path())
+    try:
+        rows = read_data(settings.data, settings.rows)
+        problems_of(rows, generation.options["data"])
+        make_verifier(settings.verifier, rows, run_model_code=settings.run_model_code)
+        if settings.template is not None:
+            read_template(settings.template)
+    except ValueError as error:
+        raise ValueError(f"in generate.{generation.name}: {with_keys(str(error))}") from None
 
 
 def measure_initial(job: Facts) -> None:
     """Evaluate the initial model and let it answer the prompts that drift is measured on; writes `initial.json`."""
-    from ..measures.drift import greedy_answers
+    from ..answers import greedy_answers
     from ..measures.inputs import load_model
     from .training import model_folder
 
@@ -88,11 +121,41 @@ def measure_initial(job: Facts) -> None:
     write_json(facts | environment(), Path(job["output"]) / INITIAL_NAME)
 
 
+def generate(job: Facts) -> None:
+    """Generate a data set, or go on with it; its receipt then says what it was made for."""
+    from ..generation.run import generate_data
+    from .training import model_folder
+
+    generation, data, output = Generation(job["generation"], job["options"]), Path(job["data"]), Path(job["output"])
+    options = generation.options
+    model = model_folder(options["model"])
+    settings = generation.generate_settings(data, output, model)
+    receipt = generate_data(settings, logger.info)
+    failed = receipt["samples"]["without_an_answer"]
+    if failed and settings.endpoint is not None:
+        reasons = ", ".join(f"{reason} ({number} times)" for reason, number in failed.items())
+        raise RuntimeError(f"requests got no answer: {reasons}. Start again to ask again.")
+    names = {model: options["model"], settings.data: options["data"], str(settings.output): settings.output.name}
+    if settings.template is not None:
+        names[str(settings.template)] = options["template"]
+    named: Facts = _named(receipt, names)
+    write_json(named | {"made_for": job["settings"]}, receipt_path(output, generation.name))
+
+
+def _named(value: Any, names: Mapping[str, str]) -> Any:
+    """A value with names in the place of this machine's paths."""
+    if isinstance(value, dict):
+        return {key: _named(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
 def train_run(job: Facts) -> None:
     """Train a run into the job's folder."""
     from .training import train
 
-    train(job["settings"], Path(job["data"]), Path(job["work"]), Path(job["output"]) / "scores")
+    train(job["settings"], Path(job["data"]), Path(job["work"]), Path(job["output"]))
 
 
 def measure_run(job: Facts) -> None:
@@ -108,6 +171,7 @@ def measure_run(job: Facts) -> None:
     perplexity = _answers_perplexity(settings, data, output, trained.pop("max_length"))
     drift, weight_change, evaluation = _measure(settings, data, work, initial_facts)
     seconds = trained.pop("seconds")
+    entries = trained.pop("scores_entries")
     facts = {
         "arm": settings["arm"],
         "seed": settings["seed"],
@@ -116,6 +180,8 @@ def measure_run(job: Facts) -> None:
         **trained,
         "seconds": seconds
         | {"measuring": round(time.monotonic() - started, 1), "total": round(time.time() - job["started"], 1)},
+        "preparing": preparing(settings, entries, output),
+        "generation": generation_facts(settings, output),
         **_forgetting(settings, initial_facts, evaluation),
         "evaluation": packed_evaluation(evaluation),
         "drift": {
@@ -134,7 +200,8 @@ def _measure(settings: Settings, data: Path, work: Path, initial_facts: Facts) -
     import torch
     from peft import PeftModel
 
-    from ..measures.drift import TokenRow, measure_drift
+    from ..answers import TokenRow
+    from ..measures.drift import measure_drift
     from ..measures.inputs import load_model
     from ..measures.weight_change import adapter_change_norm, change_norm
     from .training import model_folder
@@ -194,10 +261,11 @@ def _answers_perplexity(settings: Settings, data: Path, output: Path, max_length
     """Perplexity of the run's training answers under the initial model; made once for each data set."""
     from ..measures.inputs import load_model
     from ..measures.perplexity import measure_perplexity
-    from .training import model_folder, training_rows
+    from .training import model_folder, training_file, training_rows
 
+    content = training_file(settings, data, output).read_bytes()
     key = {name: settings[name] for name in ("model", "dtype", "data", "rows")} | {
-        "digest": settings["files"][settings["data"]],
+        "digest": hashlib.sha256(content).hexdigest(),
         "max_length": max_length,
     }
     path = output / "perplexity" / f"{settings_digest(key)}.json"
@@ -205,7 +273,7 @@ def _answers_perplexity(settings: Settings, data: Path, output: Path, max_length
     if facts is None:
         started = time.monotonic()
         initial = load_model(model_folder(settings["model"]), dtype=settings["dtype"])
-        rows = {settings["data"]: training_rows(settings, data)}
+        rows = {settings["data"]: training_rows(settings, data, output)}
         (found,) = measure_perplexity(initial.model, initial.tokenizer, rows, max_length=max_length).values()
         facts = {
             "of": key,

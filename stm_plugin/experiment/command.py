@@ -74,8 +74,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def listing(runner: Runner, experiment: Experiment) -> list[str]:
-    """A line for each run: its name, what kind it is, and whether it is done."""
+    """A line for each data set and run: its name, what kind it is, and whether it is done."""
     lines = []
+    for name, generation in experiment.generate.items():
+        changes = runner.generation_changes(generation)
+        state = "done" if runner.is_generated(generation) else "to do" if changes is None else "begun"
+        if changes:
+            state = f"begun with other settings: {'; '.join(changes)}"
+        lines.append(f"{'generate.' + name:<32} {generation.options['method']:<6} {state}")
     for run in experiment.runs():
         result, changes = runner.result(run), runner.changes(run)
         if result is None:

@@ -4,15 +4,16 @@ Shared settings stand at the top; an arm names what it does differently. Nothing
 values suit TRL and peft is checked by `training.check_arms`.
 """
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..demo.prompts import GENERAL_PROMPTS
 from ..options import option_names
+from .checks import NAME, check_keys, is_count, nearest
+from .generating import Generation, make_generations
 from .settings import Settings, plain, task_file, task_name
 from .yaml_text import load_yaml
 
@@ -20,7 +21,7 @@ KL_OPTIONS = ("kl_coef", "kl_estimator")
 DTYPES = ("float32", "bfloat16", "float16")
 
 _SHARED = ("title", "model", "dtype", "data", "rows", "training", "lora", "seeds", "launch")
-_TOP = (*_SHARED, "target", "non_target", "evaluation", "drift", "main", "compare", "arms")
+_TOP = (*_SHARED, "target", "non_target", "evaluation", "drift", "generate", "main", "compare", "arms")
 _OF_AN_ARM = ("title", "dtype", "data", "rows", "training", "lora", "seeds", "launch")
 _EVALUATION: dict[str, Any] = {
     "limit": None,
@@ -62,7 +63,7 @@ class Arm:
         name: Its key in the YAML.
         title: What tables call it.
         dtype: Dtype that the model is loaded in for training.
-        data: File of the training chats, relative to the data folder.
+        data: File of the training chats, relative to the data folder, or the name of a data set that is generated.
         rows: How many rows of it, from the start; None for all.
         training: Fields of TRL's `SFTConfig`.
         lora: Fields of peft's `LoraConfig`; None for full fine-tuning.
@@ -101,6 +102,7 @@ class Experiment:
         non_target: Tasks that the model should go on solving.
         evaluation: Keywords of the evaluation.
         drift: Prompts (or their file) and length of the answers that drift is measured on.
+        generate: Data sets to generate, by name.
         arms: The arms by name, in the file's order.
         main: Names of the arms that are run first.
         compare: Pairs of arms; the table says whether the first forgets less than the second.
@@ -114,6 +116,7 @@ class Experiment:
     non_target: tuple[str, ...]
     evaluation: dict[str, Any]
     drift: dict[str, Any]
+    generate: dict[str, Generation]
     arms: dict[str, Arm]
     main: tuple[str, ...]
     compare: tuple[tuple[str, str], ...]
@@ -139,7 +142,7 @@ class Experiment:
         names = {*self.arms, *map(str, runs)}
         for name in only:
             if name not in names:
-                raise ValueError(f"--only {name}: no such arm or run{_nearest(name, names)}.")
+                raise ValueError(f"--only {name}: no such arm or run{nearest(name, names)}.")
         return [run for run in runs if run.arm in only or str(run) in only]
 
     def initial_settings(self) -> Settings:
@@ -157,7 +160,12 @@ class Experiment:
 
     def run_settings(self, run: RunName) -> Settings:
         """What a run's result depends on, but for the files' contents."""
-        arm = self.arms[run.arm]
+        return self.initial_settings() | self._own_settings(run)
+
+    def _own_settings(self, run: RunName) -> Settings:
+        """What is not the same for all runs, that of the run whose model this one takes included."""
+        arm, generation, tuned = self.arms[run.arm], self.generation_of(run), self.tuned_run(run)
+        options = arm.options if tuned is None else arm.options | {"stm_tuned_model": str(tuned)}
         own = {
             "arm": run.arm,
             "seed": run.seed,
@@ -167,10 +175,25 @@ class Experiment:
             "rows": arm.rows,
             "training": arm.training,
             "lora": arm.lora,
-            "options": arm.options,
+            "options": options,
             "launch": arm.launch,
+            "generated": None if generation is None else generation.settings(),
+            "tuned_run": None if tuned is None else self._own_settings(tuned),
         }
-        return self.initial_settings() | plain(own)
+        settings: Settings = plain(own)
+        return settings
+
+    def generation_of(self, run: RunName) -> Generation | None:
+        """The data set that is generated for a run to train on; None for a file of the data folder."""
+        return self.generate.get(self.arms[run.arm].data)
+
+    def tuned_run(self, run: RunName) -> RunName | None:
+        """The run whose trained model is a run's `stm_tuned_model`; None for a path or id, or where there is none."""
+        return _tuned_run(self.arms[run.arm], self.arms)
+
+    def runs_to_keep(self) -> set[RunName]:
+        """Runs whose trained models others take."""
+        return {tuned for run in self.runs() if (tuned := self.tuned_run(run)) is not None}
 
     def files(self, run: RunName | None) -> list[str]:
         """Names of the files that a run reads from the data folder; None for those of the initial model's measures."""
@@ -178,7 +201,9 @@ class Experiment:
         if isinstance(self.drift["prompts"], str):
             names.append(self.drift["prompts"])
         if run is not None:
-            names.append(self.arms[run.arm].data)
+            generation, tuned = self.generation_of(run), self.tuned_run(run)
+            names += [self.arms[run.arm].data] if generation is None else generation.files()
+            names += [] if tuned is None else self.files(tuned)
         return sorted({name for name in names if name is not None})
 
 
@@ -227,6 +252,16 @@ def make_experiment(given: Any, name: str) -> Experiment:
     if not isinstance(given["arms"], Mapping):
         raise ValueError("at the top: `arms` must be a mapping of names to what each arm does differently.")
     arms = {arm: _arm(arm, changes, given, dtype) for arm, changes in given["arms"].items()}
+    for arm in arms.values():
+        _check_tuned_runs(arm, arms)
+    shared = {
+        "model": str(given["model"]),
+        "dtype": dtype,
+        "data": str(given["data"]),
+        "rows": given.get("rows"),
+        "run_model_code": evaluation["run_model_code"],
+    }
+    generate = make_generations(given.get("generate"), shared)
     target, non_target = (_tasks(given[key], key) for key in ("target", "non_target"))
     names = [task_name(task) for task in (*target, *non_target)]
     for task in names:
@@ -239,9 +274,11 @@ def make_experiment(given: Any, name: str) -> Experiment:
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError("at the top: `compare` must be a list of pairs of arms, such as [[stm, plain]].")
     main = tuple(given.get("main") or arms)
-    for arm in (*main, *(arm for pair in pairs for arm in pair)):
-        if arm not in arms:
-            raise ValueError(f"at the top: `main` or `compare` names {arm!r}, which is no arm{_nearest(arm, arms)}.")
+    for name_of_arm in (*main, *(arm for pair in pairs for arm in pair)):
+        if name_of_arm not in arms:
+            raise ValueError(
+                f"at the top: `main` or `compare` names {name_of_arm!r}, which is no arm{nearest(name_of_arm, arms)}."
+            )
     return Experiment(
         name=name,
         title=str(given.get("title") or name),
@@ -251,6 +288,7 @@ def make_experiment(given: Any, name: str) -> Experiment:
         non_target=non_target,
         evaluation=evaluation,
         drift=drift,
+        generate=generate,
         arms=arms,
         main=main,
         compare=tuple((first, second) for first, second in pairs),
@@ -259,7 +297,7 @@ def make_experiment(given: Any, name: str) -> Experiment:
 
 def _arm(name: Any, changes: Any, shared: Mapping[str, Any], dtype: str) -> Arm:
     where = f"in arms.{name}"
-    if not isinstance(name, str) or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) is None:
+    if not isinstance(name, str) or re.fullmatch(NAME, name) is None:
         raise ValueError(
             f"{where}: an arm's name is a file's name, of letters, digits and . _ + -, got {name!r} (a number in "
             "quotes is a name)."
@@ -279,12 +317,12 @@ def _arm(name: Any, changes: Any, shared: Mapping[str, Any], dtype: str) -> Arm:
     if "lora" in changes:
         lora = None if changes["lora"] is None else _merged(lora, changes["lora"], f"{where}: `lora`")
     seeds = changes.get("seeds", shared.get("seeds", [0]))
-    if not isinstance(seeds, list) or not seeds or not all(_is_count(seed, 0) for seed in seeds):
+    if not isinstance(seeds, list) or not seeds or not all(is_count(seed, 0) for seed in seeds):
         raise ValueError(f"{where}: `seeds` must be a list of whole numbers, got {seeds!r}.")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{where}: a seed is there twice in {seeds!r}.")
     rows = changes.get("rows", shared.get("rows"))
-    if rows is not None and not _is_count(rows, 1):
+    if rows is not None and not is_count(rows, 1):
         raise ValueError(f"{where}: `rows` must be a positive whole number, or null for all, got {rows!r}.")
     launch = changes.get("launch", shared.get("launch")) or []
     if not isinstance(launch, list) or not all(isinstance(word, str | int) for word in launch):
@@ -303,19 +341,36 @@ def _arm(name: Any, changes: Any, shared: Mapping[str, Any], dtype: str) -> Arm:
     )
 
 
-def check_keys(given: Any, allowed: Iterable[str], where: str) -> None:
-    """Raise ValueError for what is no mapping, or has a key that is not allowed, naming the nearest that is."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{where}: a mapping is needed, got {given!r}.")
-    allowed = list(allowed)
-    for key in given:
-        if key not in allowed:
-            raise ValueError(f"{where}: no key {key!r}{_nearest(key, allowed)}.")
+def _tuned_run(arm: Arm, arms: Mapping[str, Arm]) -> RunName | None:
+    """The run that an arm's `stm_tuned_model` names, as ARM/SEED or, for its first seed, ARM.
+
+    Raises:
+        ValueError: If there is no such run.
+    """
+    given = arm.options.get("stm_tuned_model")
+    if not isinstance(given, str):
+        return None
+    if given in arms:
+        return RunName(given, arms[given].seeds[0])
+    match = re.fullmatch(rf"({NAME})/([0-9]+)", given)
+    if match is None:
+        return None
+    name, seed, where = match[1], int(match[2]), f"in arms.{arm.name}: stm_tuned_model: {given}"
+    if name not in arms:
+        raise ValueError(f"{where}: no arm {name!r}{nearest(name, arms)}. (A folder of this name is ./{given}.)")
+    if seed not in arms[name].seeds:
+        raise ValueError(f"{where}: {name} has no seed {seed}, it has {', '.join(map(str, arms[name].seeds))}.")
+    return RunName(name, seed)
 
 
-def _nearest(name: Any, names: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.0)
-    return f"; did you mean {matches[0]}" if matches else ""
+def _check_tuned_runs(arm: Arm, arms: Mapping[str, Arm]) -> None:
+    """Raise ValueError for an arm whose tuned model is no run, or, by however many steps, its own."""
+    path = [arm.name]
+    while (run := _tuned_run(arms[path[-1]], arms)) is not None:
+        if run.arm in path:
+            circle = " -> ".join([*path, run.arm])
+            raise ValueError(f"in arms.{arm.name}: stm_tuned_model: an arm cannot be its own tuned model ({circle}).")
+        path.append(run.arm)
 
 
 def _checked(given: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -323,11 +378,11 @@ def _checked(given: Any, defaults: Mapping[str, Any], where: str) -> dict[str, A
     values = {**defaults, **given}
     counts = {"batch_size": False, "max_new_tokens": defaults["max_new_tokens"] is None}
     for key, may_be_none in counts.items():
-        if not _is_count(values[key], 1) and not (may_be_none and values[key] is None):
+        if not is_count(values[key], 1) and not (may_be_none and values[key] is None):
             raise ValueError(f"{where}: `{key}` must be a positive whole number, got {values[key]!r}.")
     limits = values.get("limit")
     for limit in limits.values() if isinstance(limits, Mapping) else [limits]:
-        if limit is not None and not _is_count(limit, 1):
+        if limit is not None and not is_count(limit, 1):
             raise ValueError(f"{where}: `limit` must be a number of documents, or one by task, got {limit!r}.")
     if not isinstance(values.get("run_model_code", False), bool):
         raise ValueError(f"{where}: `run_model_code` must be true or false, got {values['run_model_code']!r}.")
@@ -355,7 +410,3 @@ def _dtype(given: Any, where: str) -> str:
     if given not in DTYPES:
         raise ValueError(f"{where}: `dtype` must be one of {', '.join(DTYPES)}, got {given!r}.")
     return str(given)
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

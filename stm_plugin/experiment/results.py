@@ -3,6 +3,8 @@
     initial.json         what was measured of the initial model, and the ids of all documents
     runs/ARM/SEED.json   one training run: settings, masks, losses, seconds, and what was measured of the model
     perplexity/*.json    perplexity of training answers under the initial model, one file for each data set
+    scoring/*.json       seconds that scoring took, one file for each entry of scores
+    models/ARM-SEED      a trained model, with the settings of its run
 
 Documents' scores are lists in the order of `initial.json`'s ids.
 """
@@ -33,6 +35,11 @@ Facts = dict[str, Any]
 def run_path(output: Path, run: RunName) -> Path:
     """The file of a run's result."""
     return output / "runs" / run.arm / f"{run.seed}.json"
+
+
+def model_path(output: Path, run: RunName) -> Path:
+    """The folder of a run's trained model, where it is kept."""
+    return output / "models" / f"{run.arm}-{run.seed}"
 
 
 def write_json(facts: Mapping[str, Any], path: Path) -> None:

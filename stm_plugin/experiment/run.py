@@ -1,7 +1,8 @@
 """Doing an experiment's runs: one process after another, each of which can be stopped and started again.
 
 A run's result is a file that appears when the run is done; what is there is not done again. Whatever ends a run
-before that leaves nothing but its folder below `work`, which the next start empties.
+before that leaves nothing but its folder below `work`, which the next start empties. Data sets that are generated are
+gone on with; a run that takes another run's trained model comes after it.
 """
 
 import json
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from .config import Experiment, RunName
-from .results import INITIAL_NAME, Facts, read_json, run_path
+from .generating import Generation, generated_path, receipt_path, settings_path
+from .results import INITIAL_NAME, Facts, model_path, read_json, run_path, write_json
 from .settings import Settings, differences, digests
 
 _MODULE = "stm_plugin.experiment.arm"
 _SECONDS_TO_STOP = 10
 INITIAL = "the initial model"
+_SETTINGS_NAME = "experiment_settings.json"
+"""In a kept model's folder: the settings of its run."""
 
 
 class RunFailedError(RuntimeError):
@@ -40,7 +44,7 @@ class Runner:
         say: Takes one line of progress at a time.
         minutes: No run is started that would end later than this; None for no limit.
         again: Whether results with other settings than now are made anew; otherwise they are an error.
-        keep_models: Whether trained models are kept, below `models`.
+        keep_models: Whether all trained models are kept, below `models`; those that another run takes always are.
     """
 
     experiment: Experiment
@@ -67,6 +71,23 @@ class Runner:
         result = self.result(run)
         return None if result is None else differences(result["settings"], self.settings(run))
 
+    def generation_settings(self, generation: Generation) -> Settings:
+        """Settings of a data set that is generated, with the digests of the files that it is made from."""
+        files = None if self.data is None else digests(generation.files(), self.data)
+        return generation.settings() | {"files": files}
+
+    def generation_changes(self, generation: Generation) -> list[str] | None:
+        """What differs between the settings that a data set was begun with and today's; None where it was not."""
+        begun = read_json(settings_path(self.output, generation.name))
+        return None if begun is None else differences(begun["settings"], self.generation_settings(generation))
+
+    def is_generated(self, generation: Generation) -> bool:
+        """Whether a data set is there, with today's settings."""
+        receipt = read_json(receipt_path(self.output, generation.name))
+        if receipt is None or not generated_path(self.output, generation.name).exists():
+            return False
+        return "made_for" in receipt and not differences(receipt["made_for"], self.generation_settings(generation))
+
     def run(self, runs: Sequence[RunName]) -> list[str]:
         """Do the runs that have no result yet, after the measures of the initial model.
 
@@ -89,36 +110,164 @@ class Runner:
 
     def _run(self, runs: Sequence[RunName]) -> list[str]:
         started = time.monotonic()
+        self._check_names()
         found = {run: self.changes(run) for run in (None, *runs)}
-        changed = {run: changes for run, changes in found.items() if changes}
+        to_do = self._to_do(runs, found)
+        wanted = [self.experiment.generation_of(run) for run in to_do]
+        generations = {generation.name: generation for generation in wanted if generation is not None}
+        changed = {INITIAL if run is None else str(run): changes for run, changes in found.items() if changes}
+        for name, generation in generations.items():
+            if changes := self.generation_changes(generation):
+                changed[f"generate.{name}"] = changes
         if changed and not self.again:
             raise ValueError(_told(changed))
-        to_do = [run for run in runs if found[run] is None or found[run]]
-        self.say(f"{len(runs) - len(to_do)} of {len(runs)} runs are there already, in {self.output}.")
+        num_done = sum(run not in to_do for run in runs)
+        self.say(f"{num_done} of {len(runs)} runs are there already, in {self.output}.")
         if to_do:
-            self._process("check", ["check"], None, settings=[self.settings(run) for run in to_do])
+            settings = [self.settings(run) for run in to_do]
+            options = {name: generation.options for name, generation in generations.items()}
+            self._process("check", ["check"], settings=settings, generate=options)
+            shutil.rmtree(self.output / "work" / "check", ignore_errors=True)
         if found[None] is None or found[None]:
             self.say(f"{INITIAL}: measured ...")
-            result = self._process("initial", ["initial"], None, settings=self.settings(None))
+            result = self._result("initial", ["initial"], None, settings=self.settings(None))
             self.say(f"{INITIAL}: {_scores(result)}, {result['seconds']['total']:.0f} s")
-        failed: list[str] = []
+        failed: set[RunName | str] = set()
         for index, run in enumerate(to_do):
-            estimate = self.estimate(run)
-            left = None if self.minutes is None else 60 * self.minutes - (time.monotonic() - started)
-            if left is not None and (left <= 0 or (estimate is not None and estimate > left)):
-                about = "" if estimate is None else f", which takes about {estimate / 60:.0f} min"
-                self.say(f"Stopped before {run}{about}: {len(to_do) - index} runs are left. Start again to go on.")
+            if self._is_too_late(run, started, len(to_do) - index):
                 break
-            about = "" if estimate is None else f", about {estimate / 60:.0f} min"
-            self.say(f"{run} ({index + 1} of {len(to_do)}{about}) ...")
             try:
+                if self._prepare(run, failed) and self._is_too_late(run, started, len(to_do) - index):
+                    break
+                estimate = self.estimate(run)
+                about = "" if estimate is None else f", about {estimate / 60:.0f} min"
+                self.say(f"{run} ({index + 1} of {len(to_do)}{about}) ...")
                 result = self._train_and_measure(run)
             except RunFailedError as error:
                 self.say(str(error))
-                failed.append(str(run))
+                failed.add(run)
             else:
                 self.say(f"{run}: {_scores(result)}, {result['seconds']['total']:.0f} s")
-        return failed
+        return [str(run) for run in to_do if run in failed]
+
+    def _check_names(self) -> None:
+        """Raise ValueError for a data set to generate that has the name of a file."""
+        for name in self.experiment.generate:
+            if self.data is not None and (self.data / name).exists():
+                raise ValueError(
+                    f"in generate.{name}: {self.data} has a file of this name, and `data: {name}` could mean either. "
+                    "Rename one of them."
+                )
+
+    def _to_do(self, runs: Sequence[RunName], found: dict[RunName | None, list[str] | None]) -> list[RunName]:
+        """Runs that have no result of today's settings, and before each the run whose model it takes.
+
+        Args:
+            runs: The runs that are wanted.
+            found: Changes of each run; those of runs that are found to be needed are added.
+        """
+        to_do: list[RunName] = []
+
+        def add(run: RunName) -> None:
+            found.setdefault(run, self.changes(run))
+            if run in to_do or found[run] == []:
+                return
+            tuned = self.experiment.tuned_run(run)
+            if tuned is not None:
+                add(tuned)
+            to_do.append(run)
+
+        for run in runs:
+            add(run)
+        return to_do
+
+    def _is_too_late(self, run: RunName, started: float, num_left: int) -> bool:
+        """Whether a run would end after the time that there is, which is then said."""
+        if self.minutes is None:
+            return False
+        left, estimate = 60 * self.minutes - (time.monotonic() - started), self.estimate(run)
+        if left > 0 and (estimate is None or estimate <= left):
+            return False
+        about = "" if estimate is None else f", which takes about {estimate / 60:.0f} min"
+        self.say(f"Stopped before {run}{about}: {num_left} runs are left. Start again to go on.")
+        return True
+
+    def _prepare(self, run: RunName, failed: set[RunName | str]) -> bool:
+        """See to it that a run's generated data and its tuned model are there.
+
+        Args:
+            run: The run.
+            failed: Runs that failed, and names of data sets that could not be generated; such a one is added.
+
+        Returns:
+            Whether there was anything to do.
+
+        Raises:
+            RunFailedError: If they cannot be had.
+        """
+        did_something = False
+        generation = self.experiment.generation_of(run)
+        if generation is not None and not self.is_generated(generation):
+            if generation.name in failed:
+                raise RunFailedError(f"{run} failed: its data, {generation.name}, could not be generated.")
+            try:
+                self._generate(generation)
+            except RunFailedError:
+                failed.add(generation.name)
+                raise
+            did_something = True
+        tuned = self.experiment.tuned_run(run)
+        if tuned is not None and not self._is_kept(tuned):
+            if tuned in failed:
+                raise RunFailedError(f"{run} failed: the run whose model it takes, {tuned}, has failed.")
+            self._prepare(tuned, failed)
+            self.say(f"{tuned}: trained again, for {run} takes its model ...")
+            self._train_again(tuned)
+            did_something = True
+        return did_something
+
+    def _generate(self, generation: Generation) -> None:
+        name, settings = generation.name, self.generation_settings(generation)
+        if self.generation_changes(generation):
+            for path in (generated_path(self.output, name), *self.output.glob(f"generated/{name}.*.json*")):
+                path.unlink(missing_ok=True)
+        write_json({"settings": settings}, settings_path(self.output, name))
+        self.say(f"{name}: generated, or gone on with ...")
+        process = f"generate-{name}"
+        self._process(process, ["generate"], generation=name, options=generation.options, settings=settings)
+        shutil.rmtree(self.output / "work" / process, ignore_errors=True)
+        receipt = read_json(receipt_path(self.output, name))
+        if receipt is None or not self.is_generated(generation):
+            raise RunFailedError(f"{process} failed: it left no data set (its log is {self._log(process)})")
+        samples, rows = receipt["samples"], receipt["rows"]
+        self.say(
+            f"{name}: {samples['passed']:,} of {samples['generated']:,} samples passed, "
+            f"{rows['written']:,} rows written, {receipt['seconds']['total']:.0f} s"
+        )
+        for reason, number in samples["without_an_answer"].items():
+            self.say(f"{name}: {number:,} requests got no answer: {reason}")
+
+    def _train_again(self, run: RunName) -> None:
+        """Train a run whose result is there, for its model alone."""
+        name = f"{run.arm}-{run.seed}"
+        launch = self.experiment.arms[run.arm].launch
+        settings = self.settings(run)
+        work = self._process(name, ["train"], launch=launch, log=f"{name}.model", settings=settings)
+        self._keep(run, work)
+        shutil.rmtree(work, ignore_errors=True)
+
+    def _is_kept(self, run: RunName) -> bool:
+        """Whether the model of a run is there, trained with today's settings."""
+        kept = read_json(model_path(self.output, run) / _SETTINGS_NAME)
+        return kept is not None and not differences(kept["settings"], self.settings(run))
+
+    def _keep(self, run: RunName, work: Path) -> None:
+        """Keep the model that a process left in its folder."""
+        kept = model_path(self.output, run)
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(exist_ok=True)
+        write_json({"settings": self.settings(run)}, work / "model" / _SETTINGS_NAME)
+        os.replace(work / "model", kept)
 
     def estimate(self, run: RunName) -> float | None:
         """Seconds that a run may take: as its arm's other seeds, or as the longest run; None before any is done."""
@@ -135,55 +284,72 @@ class Runner:
 
     def _train_and_measure(self, run: RunName) -> Facts:
         name = f"{run.arm}-{run.seed}"
-        launch = list(self.experiment.arms[run.arm].launch)
+        launch = self.experiment.arms[run.arm].launch
         facts: dict[str, Any] = {"settings": self.settings(run), "started": time.time()}
         if launch:  # by several processes; what they leave is measured by one
-            self._process(name, ["train"], run, launch=launch, **facts)
-            return self._process(name, ["measure"], run, keep_work=True, **facts)
-        return self._process(name, ["train", "measure"], run, **facts)
+            self._process(name, ["train"], launch=launch, **facts)
+            return self._result(name, ["measure"], run, goes_on=True, **facts)
+        return self._result(name, ["train", "measure"], run, **facts)
+
+    def _result(self, name: str, phases: Sequence[str], run: RunName | None, **options: Any) -> Facts:
+        """Do phases of which the last leaves a result, in a process of their own.
+
+        Raises:
+            RunFailedError: If it left none.
+        """
+        path = self.output / INITIAL_NAME if run is None else run_path(self.output, run)
+        before = path.stat().st_mtime_ns if path.exists() else None
+        work = self._process(name, phases, result=str(path), **options)
+        made = self.result(run)
+        if made is None or (before is not None and path.stat().st_mtime_ns == before):
+            raise RunFailedError(f"{name} failed: it left no result (its log is {self._log(name)})")
+        if run is not None and (work / "model").is_dir():
+            if self.keep_models or run in self.experiment.runs_to_keep():
+                self._keep(run, work)
+        shutil.rmtree(work, ignore_errors=True)
+        return made
 
     def _process(
         self,
         name: str,
         phases: Sequence[str],
-        run: RunName | None,
         *,
         launch: Sequence[str] = (),
-        keep_work: bool = False,
+        goes_on: bool = False,
+        log: str | None = None,
         **facts: Any,
-    ) -> Facts:
-        """Do phases in a process of their own; what they leave is their result, if that is their last one.
+    ) -> Path:
+        """Do phases in a process of their own.
+
+        Args:
+            name: Of its folder below `work`.
+            phases: What `arm` is to do.
+            launch: Words that start it.
+            goes_on: Whether it takes what an earlier process has left in the folder.
+            log: Name of its log, if not `name`.
+            **facts: What `arm` is to know.
+
+        Returns:
+            The folder.
 
         Raises:
-            RunFailedError: If it ended otherwise.
+            RunFailedError: If it failed.
         """
-        work, log = self.output / "work" / name, self.output / "logs" / f"{name}.log"
-        if not keep_work:
+        work, log_path = self.output / "work" / name, self._log(log or name)
+        if not goes_on:
             shutil.rmtree(work, ignore_errors=True)
-        for folder in (work, log.parent):
+        for folder in (work, log_path.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        result = self.output / INITIAL_NAME if run is None else run_path(self.output, run)
-        before = result.stat().st_mtime_ns if result.exists() else None
-        job = {"data": str(self.data), "output": str(self.output), "work": str(work), "result": str(result)}
-        (work / "job.json").write_text(json.dumps(job | {"watch": True} | facts), encoding="utf-8")
+        job = {"data": str(self.data), "output": str(self.output), "work": str(work), "watch": True}
+        (work / "job.json").write_text(json.dumps(job | facts), encoding="utf-8")
         command = [*_found(launch), *([] if launch else [sys.executable]), "-m", _MODULE, *phases]
-        status = _wait([*command, str(work / "job.json")], log, append=keep_work)
+        status = _wait([*command, str(work / "job.json")], log_path, append=goes_on)
         if status != 0:
-            raise RunFailedError(f"{name} failed: {_last_line(log)} (all of it is in {log})")
-        if phases[-1] not in ("initial", "measure"):
-            if phases[-1] == "check":
-                shutil.rmtree(work, ignore_errors=True)
-            return {}
-        made = self.result(run)
-        if made is None or (before is not None and result.stat().st_mtime_ns == before):
-            raise RunFailedError(f"{name} failed: it left no result (its log is {log})")
-        if self.keep_models and (work / "model").is_dir():
-            kept = self.output / "models" / name
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.parent.mkdir(exist_ok=True)
-            os.replace(work / "model", kept)
-        shutil.rmtree(work, ignore_errors=True)
-        return made
+            raise RunFailedError(f"{name} failed: {_last_line(log_path)} (all of it is in {log_path})")
+        return work
+
+    def _log(self, name: str) -> Path:
+        return self.output / "logs" / f"{name}.log"
 
 
 def _wait(command: Sequence[str], log: Path, *, append: bool) -> int:
@@ -236,8 +402,8 @@ def _scores(result: Facts) -> str:
     return ", ".join(f"{name} {score['score']:.4f}" for name, score in result["evaluation"]["tasks"].items())
 
 
-def _told(changed: dict[RunName | None, list[str]]) -> str:
-    lines = [f"  {INITIAL if run is None else run}: {'; '.join(changes)}" for run, changes in changed.items()]
+def _told(changed: dict[str, list[str]]) -> str:
+    lines = [f"  {name}: {'; '.join(changes)}" for name, changes in changed.items()]
     return "\n".join(
         [
             "results were made with other settings than now:",

@@ -9,8 +9,10 @@ import numpy as np
 from ..forgetting.bootstrap import Interval
 from ..forgetting.comparison import Comparison, compare
 from ..forgetting.evaluation import Evaluation
+from ..options import REFERENCE_INITIAL
 from .config import Arm, Experiment
 from .contrast import Contrast, contrast
+from .preparing import preparing_of
 from .results import INITIAL_NAME, Facts, read_json, run_path, unpacked_evaluation
 from .settings import differences, task_name
 
@@ -61,6 +63,8 @@ def summarize(experiment: Experiment, output: Path) -> Facts:
         "initial": {name: _score_facts(before, name) for name in (*target, *non_target)},
         "arms": arms,
         "pairs": pairs,
+        "generated": _generated(arms),
+        "preparation": _preparation(experiment, arms, results),
         "missing": [str(run) for run in experiment.runs() if run.seed not in results.get(run.arm, {})],
         "notes": notes,
         "confidence": CONFIDENCE,
@@ -125,12 +129,55 @@ def _arm_summary(
         "drift": spread([run["drift"]["nats_per_token"] for run in runs]),
         "weight_change_l2": spread([run["weight_change_l2"] for run in runs]),
         "training_seconds": spread([run["seconds"]["training"] for run in runs]),
-        "scoring_seconds": spread([run["seconds"]["scoring"] for run in runs if run["scoring"] == "made"]),
+        "preparing_seconds": spread([preparing_of(run)["seconds"] for run in runs]),
+        "preparing_is_whole": all(preparing_of(run)["is_whole"] for run in runs),
+        "generation": runs[0].get("generation"),
+        "samples_per_row": (runs[0]["settings"].get("generated") or {}).get("samples"),
         "steps": runs[0]["steps"],
         "answers_perplexity": {name: runs[0]["answers_perplexity"][name] for name in ("mean", "std", "pooled")},
         "final_loss": [run["losses"][-1][1] if run["losses"] else None for run in runs],
         "notes": list(pooled.notes),
     }
+
+
+def _generated(arms: Mapping[str, Facts]) -> dict[str, Facts]:
+    """What there is to say of each generated data set, under the title of the first plain arm that trains on it."""
+    generated: dict[str, Facts] = {}
+    for arm in sorted(arms.values(), key=lambda arm: arm["kind"] != "plain"):
+        if arm["generation"] is not None and arm["data"] not in generated:
+            generated[arm["data"]] = arm["generation"] | {
+                "title": arm["title"],
+                "samples_per_row": arm["samples_per_row"],
+            }
+    return generated
+
+
+def _preparation(
+    experiment: Experiment, arms: Mapping[str, Facts], results: Mapping[str, Mapping[int, Facts]]
+) -> list[Facts]:
+    """What preparing data took for STM and for each generated data set of the same rows, on the same machine.
+
+    STM is the first arm that masks by the initial model's perplexities alone, and whose scoring was measured whole.
+    """
+    pairs = []
+    for name, generated in _generated(arms).items():
+        if not generated["seconds"]["total"] > 0:
+            continue
+        options = experiment.generate[name].options
+        for arm_name, arm in arms.items():
+            run = next(iter(results[arm_name].values()))
+            same = (experiment.arms[arm_name].data, experiment.arms[arm_name].rows) == (
+                options["data"],
+                options["rows"],
+            )
+            strategy = arm["options"].get("stm_strategy", "high")
+            own = arm["options"].get("stm_reference", REFERENCE_INITIAL) == REFERENCE_INITIAL and strategy == "high"
+            measured = arm["preparing_is_whole"] and arm["preparing_seconds"]["mean"] > 0
+            if same and arm["kind"] == "stm" and own and measured and run["machine"] == generated["machine"]:
+                seconds = {"stm_seconds": arm["preparing_seconds"]["mean"], "seconds": generated["seconds"]["total"]}
+                pairs.append({"stm": arm["title"], "title": generated["title"], **seconds})
+                break
+    return pairs
 
 
 def mean_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation:

@@ -57,10 +57,11 @@ def markdown(summary: Facts) -> str:
 def table(summary: Facts) -> str:
     """One row for the initial model and one for each arm, as a Markdown table."""
     tasks = [*summary["target"], *summary["non_target"]]
-    head = ["arm", "seeds", "masked", "TI", "BWT", *tasks, "drift (nats/token)", "weight change (L2)", "seconds"]
+    head = ["arm", "seeds", "masked", "TI", "BWT", *tasks, "drift (nats/token)", "weight change (L2)"]
+    head += ["preparing data (s)", "seconds"]
     rows = [head, ["---"] * len(head)]
     scores = [f"{summary['initial'][task]['score']:.4f}" for task in tasks]
-    rows.append(["initial model", "", "", "", "", *scores, "0", "0", ""])
+    rows.append(["initial model", "", "", "", "", *scores, "0", "0", "", ""])
     rows += [_row(arm, tasks) for arm in summary["arms"].values()]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
 
@@ -76,7 +77,8 @@ def _row(arm: Facts, tasks: list[str]) -> list[str]:
         *(f"{arm['tasks'][task]['score']:.4f}" for task in tasks),
         _spread_cell(arm["drift"], ".3g"),
         _spread_cell(arm["weight_change_l2"], ".3g"),
-        _seconds_cell(arm),
+        _preparing_cell(arm),
+        "-" if arm["training_seconds"] is None else f"{arm['training_seconds']['mean']:.0f}",
     ]
 
 
@@ -98,10 +100,16 @@ def _spread_cell(spread: Facts | None, form: str) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def _seconds_cell(arm: Facts) -> str:
-    text = "-" if arm["training_seconds"] is None else f"{arm['training_seconds']['mean']:.0f}"
-    scoring = arm["scoring_seconds"]
-    return text if scoring is None else f"{text} + {scoring['mean']:.0f}"
+def _preparing_cell(arm: Facts) -> str:
+    seconds = arm["preparing_seconds"]["mean"]
+    if not arm["preparing_is_whole"]:
+        return f"> {seconds_text(seconds)}"
+    return seconds_text(seconds) if seconds else "-"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds, whole ones where they are many."""
+    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}"
 
 
 def _legend(summary: Facts) -> list[str]:
@@ -116,10 +124,34 @@ def _legend(summary: Facts) -> list[str]:
         "(which does not cover the choice of seeds), then the seeds' range.",
         f"Documents: {documents}. Metrics: {metrics}. Masked: share of the label tokens that the loss leaves out. "
         f"Drift: KL(initial || tuned) on the initial model's own answers to {summary['drift_prompts']} prompts. "
-        "Seconds: training, + scoring where a run scored its data (later runs find the scores).",
+        "Seconds: training alone.",
+        "Preparing data: what the arm's data cost before training, whichever run it was done in (it is done and "
+        "measured once): scoring for STM; for strategies by two models the scoring by both and the training of the "
+        "tuned model; for generated data all that `stm generate` did. >: a part of it was not measured here.",
         f"Perplexity of the training answers under the initial model, mean (standard deviation) over rows: "
         f"{', '.join(perplexities)}.",
+        *(_generated_line(name, facts) for name, facts in summary["generated"].items()),
     ]
+
+
+def _generated_line(name: str, facts: Facts) -> str:
+    """What came out of a generation."""
+    rows, samples = facts["rows"], facts["samples"]
+    before, after = (
+        "-" if one["mean"] is None else f"{one['mean']:.2f} ({one['std']:.2f})"
+        for one in (facts["perplexity"][when] for when in ("before", "after"))
+    )
+    own = rows["with_a_passing_sample"] / rows["written"] if rows["written"] else 0.0
+    without = sum(samples["without_an_answer"].values())
+    return (
+        f"{name}, generated ({facts['method']}): {rows['read']:,} problems, {facts['samples_per_row']} "
+        f"{'sample' if facts['samples_per_row'] == 1 else 'samples'} each, {samples['generated']:,} in all, of which "
+        f"{percent(samples['acceptance_rate'], sign=False)} passed"
+        + (f" ({without:,} more requests got no answer)" if without else "")
+        + f"; {rows['written']:,} rows, {percent(own, sign=False)} of them with the model's own answer; "
+        f"{facts['tokens_generated']:,} tokens generated; perplexity of the answers, mean (standard deviation) over "
+        f"rows: {before} before, {after} after."
+    )
 
 
 def sentences(summary: Facts) -> list[str]:
@@ -134,7 +166,17 @@ def sentences(summary: Facts) -> list[str]:
         lines.append(_pair_sentence("forget less than", "bwt", pair, first, second, words))
         words = {MORE: "more", LESS: "less"}
         lines.append(_pair_sentence("gain more on the target than", "ti", pair, first, second, words))
-    return lines
+    return lines + [_preparation_sentence(pair) for pair in summary["preparation"]]
+
+
+def _preparation_sentence(pair: Facts) -> str:
+    """How many times cheaper it was to prepare data for STM."""
+    ratio = pair["seconds"] / pair["stm_seconds"]
+    share = f"1/{ratio:,.0f}" if ratio >= 10 else f"1/{ratio:.1f}" if ratio >= 1 else f"{1 / ratio:.1f} times as much"
+    return (
+        f"Preparing data for {pair['stm']} took {seconds_text(pair['stm_seconds'])} s, {pair['title']} "
+        f"{seconds_text(pair['seconds'])} s: **{share}**."
+    )
 
 
 def _forgetting_verdict(arm: Facts) -> str:

@@ -19,8 +19,11 @@ from ..kl import KLSFTConfig, KLSFTTrainer
 from ..measures.inputs import as_chat, read_rows
 from ..options import REFERENCE_CURRENT
 from ..trl import STMSFTConfig, STMSFTTrainer
-from .config import check_keys
-from .results import finite_or_none
+from .checks import check_keys
+from .config import RunName
+from .generating import generated_path
+from .preparing import ScoringClock, scores_entries
+from .results import finite_or_none, model_path
 from .settings import Settings
 
 _CLASSES = {
@@ -64,13 +67,13 @@ class Parts(NamedTuple):
     peft_config: LoraConfig | None
 
 
-def make_parts(settings: Settings, output_dir: Path, scores: Path, **overrides: Any) -> Parts:
+def make_parts(settings: Settings, output_dir: Path, output: Path, **overrides: Any) -> Parts:
     """The trainer's class, config and adapter of a run.
 
     Args:
         settings: The run's settings.
         output_dir: Where the trained model goes.
-        scores: Folder that all STM runs of the experiment keep scores in.
+        output: Folder of the experiment's results, where all STM runs keep their scores and find tuned models.
         **overrides: Fields of the config that win.
 
     Raises:
@@ -86,7 +89,10 @@ def make_parts(settings: Settings, output_dir: Path, scores: Path, **overrides: 
         if options.get("stm_reference") == MODEL_ID:
             options["stm_reference"] = model_folder(MODEL_ID)
         if options.get("stm_reference") != REFERENCE_CURRENT:
-            options.setdefault("stm_scores_dir", str(scores))
+            options.setdefault("stm_scores_dir", str(output / "scores"))
+        tuned = settings["tuned_run"]
+        if tuned is not None:
+            options["stm_tuned_model"] = str(model_path(output, RunName(tuned["arm"], tuned["seed"])))
         if options.get("stm_strategy") == "random":
             options.setdefault("stm_seed", settings["seed"])
     fixed = {
@@ -121,24 +127,30 @@ def model_folder(name: str) -> str:
     return str(find_model().path) if name == MODEL_ID else name
 
 
-def training_rows(settings: Settings, data: Path) -> list[dict[str, Any]]:
-    """The run's rows as its file has them."""
-    return read_rows(data / settings["data"])[: settings["rows"]]
+def training_rows(settings: Settings, data: Path, output: Path) -> list[dict[str, Any]]:
+    """The run's rows as their file has them."""
+    return read_rows(training_file(settings, data, output))[: settings["rows"]]
 
 
-def train(settings: Settings, data: Path, folder: Path, scores: Path) -> None:
+def training_file(settings: Settings, data: Path, output: Path) -> Path:
+    """The file of a run's rows: in the data folder, or among what the experiment generates."""
+    name: str = settings["data"]
+    return data / name if settings["generated"] is None else generated_path(output, name)
+
+
+def train(settings: Settings, data: Path, folder: Path, output: Path) -> None:
     """Train a run; the model and what there is to say of its training (`train.json`) go into a folder.
 
     Args:
         settings: The run's settings.
         data: Folder of the data.
         folder: Where the model goes, into `model`.
-        scores: Folder of STM's scores.
+        output: Folder of the experiment's results.
     """
     from datasets import Dataset
 
-    parts = make_parts(settings, folder / "model", scores)
-    rows = training_rows(settings, data)
+    parts = make_parts(settings, folder / "model", output)
+    rows = training_rows(settings, data, output)
     if not parts.args.assistant_only_loss:
         rows = [as_chat(row, f"{settings['data']}, row {index}") for index, row in enumerate(rows)]
     else:
@@ -153,28 +165,30 @@ def train(settings: Settings, data: Path, folder: Path, scores: Path) -> None:
         peft_config=parts.peft_config,
     )
     label_tokens = Documents.from_dataset(trainer.train_dataset).num_label_tokens
-    clock = _StartOfSteps()
+    is_scored = settings["kind"] == "stm" and parts.args.stm_reference != REFERENCE_CURRENT
+    is_main = trainer.is_world_process_zero()
+    scoring = ScoringClock(Path(parts.args.stm_scores_dir), output) if is_scored and is_main else None
+    clock = _StartOfSteps(scoring)
     trainer.add_callback(clock)
-    entries = _entries(scores)
     started = time.monotonic()
     trainer.train()
     ended = time.monotonic()
     trainer.save_model(str(folder / "model"))
-    if not trainer.is_world_process_zero():
+    if not is_main:
         return
-    is_scored = settings["kind"] == "stm" and parts.args.stm_reference != REFERENCE_CURRENT
     facts = {
         "steps": trainer.state.global_step,
         "label_tokens": label_tokens,
-        "masks": _masks(folder / "model") if settings["kind"] == "stm" else None,
+        "masks": _masks(settings, folder / "model") if settings["kind"] == "stm" else None,
         "losses": [
             [entry["step"], finite_or_none(entry["loss"])] for entry in trainer.state.log_history if "loss" in entry
         ],
-        "scoring": ("made" if _entries(scores) - entries else "found") if is_scored else None,
+        "scoring": ("made" if clock.made_scores else "found") if is_scored else None,
         "seconds": {
             "scoring": round(clock.time - started, 1) if is_scored else 0.0,
             "training": round(ended - clock.time, 1),
         },
+        "scores_entries": scores_entries(folder / "model") if is_scored else [],
         "max_length": parts.args.max_length,
     }
     (folder / "train.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -184,15 +198,22 @@ class _StartOfSteps(TrainerCallback):
     """Notes when scoring is done and the first step comes."""
 
     time = 0.0
+    made_scores = False
+
+    def __init__(self, scoring: ScoringClock | None) -> None:
+        self.scoring = scoring
 
     def on_train_begin(self, *args: Any, **keywords: Any) -> None:
         self.time = time.monotonic()
+        if self.scoring is not None:
+            self.made_scores = self.scoring.stop()
 
 
-def _entries(scores: Path) -> set[str]:
-    return {path.name for path in scores.iterdir()} if scores.is_dir() else set()
-
-
-def _masks(folder: Path) -> dict[str, Any]:
+def _masks(settings: Settings, folder: Path) -> dict[str, Any]:
     receipt = json.loads((folder / RECEIPT_NAME).read_text(encoding="utf-8"))
-    return {name: receipt[name] for name in _RECEIPT_FACTS if name in receipt}
+    facts = {name: receipt[name] for name in _RECEIPT_FACTS if name in receipt}
+    # by their names in the experiment, not by where they are on this machine
+    names = {"reference": "stm_reference", "tuned_model": "stm_tuned_model"}
+    return facts | {
+        name: settings["options"][option] for name, option in names.items() if option in settings["options"]
+    }
