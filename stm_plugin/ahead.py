@@ -19,7 +19,7 @@ from .constants import MASKED_COLUMN
 from .documents import with_columns
 from .host import Host
 from .masks import Masks, make_masks, unmasked_documents
-from .options import REFERENCE_INITIAL, STMOptions
+from .options import REFERENCE_INITIAL, STMOptions, rule_in_words
 from .plan import ScorePlan
 from .receipt import Receipt, make_receipt
 from .selection import deciding_scores
@@ -111,6 +111,8 @@ class MaskingAhead:
     def set_up(self) -> None:
         """Check the store, and under FSDP find the scores."""
         self._scores.set_up()
+        if self._host.options.stm_tuned_model is not None:
+            self._tuned_scores.set_up()
 
     def before_loading(self, checkpoint: str) -> None:
         """Make the scores that a resumed run needs, if they are gone."""
@@ -167,7 +169,7 @@ class MaskingAhead:
             del scores  # of a large data set both would be much
         if run is not None and masked_before and options == run.options and key == run.key:
             return run, origin
-        tuned_key, tuned_nll = self._of_tuned_model(checkpoint, plan)
+        tuned_key, tuned_nll = self._of_tuned_model(checkpoint, plan, key)
         scored = _Scored(source, plan, nll, tuned_nll, key, tuned_key, rows_file)
         try:
             return self._apply(options, scored), origin
@@ -180,13 +182,34 @@ class MaskingAhead:
             return self._apply(everything_kept, scored), origin
 
     def _of_tuned_model(
-        self, checkpoint: str | None, plan: ScorePlan
+        self, checkpoint: str | None, plan: ScorePlan, initial: ScoresKey
     ) -> tuple[ScoresKey, np.ndarray] | tuple[None, None]:
-        """Key and NLL under the tuned model, where the strategy compares with one."""
-        if self._host.options.stm_tuned_model is None:
+        """Key and NLL under the tuned model, where the strategy compares with one.
+
+        Args:
+            checkpoint: Of a resumed run.
+            plan: What is scored.
+            initial: Key of the initial model's scores.
+
+        Raises:
+            ValueError: If it computes what the initial model does, or in another precision.
+        """
+        tuned_model = self._host.options.stm_tuned_model
+        if tuned_model is None:
             return None, None
         scores = self._tuned_scores
         key, found = scores.find_or_make(plan)[:2] if checkpoint is None else scores.of_checkpoint(checkpoint, plan)
+        if key.model == initial.model:
+            raise ValueError(
+                f"stm_tuned_model={tuned_model!r} computes exactly what the model in training does before its first "
+                "step: there is no difference to mask by. Name the model, or the adapter, that was tuned on the data."
+            )
+        if (key.quantization, key.autocast) != (initial.quantization, initial.autocast):
+            raise ValueError(
+                f"stm_tuned_model={tuned_model!r} is scored with quantization {key.quantization} and autocast "
+                f"{key.autocast}, the initial model with {initial.quantization} and {initial.autocast}: their "
+                "difference would be one of precision. Give a checkpoint in the form of the model in training."
+            )
         return key, plan.spread(found)
 
     def _apply(self, options: STMOptions, scored: "_Scored") -> MaskedRun:
@@ -232,13 +255,13 @@ class MaskingAhead:
     def _announce(self, receipt: Receipt, origin: str) -> None:
         """Say in one log line what is masked; warn about what may hurt."""
         self._host.info(
-            "STM is on: %s of %s label tokens masked (%.2f %%), those of perplexity above %s (%s nats, strategy %s, "
-            "reference %s); %d of %d rows keep no token. Scores: %s, in %s. The training loss is over kept tokens: "
+            "STM is on: %s of %s label tokens masked (%.2f %%), %s (%s nats, strategy %s, reference %s); %d of %d "
+            "rows keep no token. Scores: %s, in %s. The training loss is over kept tokens: "
             "compare eval_loss, not it, with a plain run's.",
             f"{receipt['masked_tokens']:,}",
             f"{receipt['label_tokens']:,}",
             100 * receipt["masked_fraction"],
-            receipt["threshold"],
+            rule_in_words(receipt["strategy"], receipt["threshold"], receipt["tuned_model"]),
             receipt["threshold_nats"],
             receipt["strategy"],
             receipt["reference"],

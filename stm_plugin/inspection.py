@@ -11,6 +11,7 @@ from itertools import groupby
 import numpy as np
 
 from .masks import Masks
+from .options import STMOptions, rule_in_words
 from .scored import RULE, ScoredData, add_source, options_of, scored_of
 from .selection import perplexity
 from .tokens import visible
@@ -69,13 +70,14 @@ def row_lines(data: ScoredData, masks: Masks, row: int, style: Style) -> list[st
     return [f"{_BOLD}{head}{_RESET}" if style.colour else head, *text.split("\n")]
 
 
-def heading(data: ScoredData, masks: Masks, strategy: str, style: Style) -> list[str]:
+def heading(data: ScoredData, masks: Masks, options: STMOptions, style: Style) -> list[str]:
     """What is looked at, what is masked of all rows, and how to read the rest."""
     nats = masks.threshold_nats
+    rule = rule_in_words(options.stm_strategy, f"{perplexity(nats):.6g}", options.stm_tuned_model)
     lines = [
         visible(data.name),
-        f"perplexity above {perplexity(nats):.6g} ({nats:.6g} nats, strategy {strategy}): {masks.num_masked:,} of "
-        f"{masks.documents.num_label_tokens:,} label tokens masked ({masks.masked_fraction:.2%})",
+        f"{rule.removeprefix('those of ')} ({nats:.6g} nats, strategy {options.stm_strategy}): {masks.num_masked:,} "
+        f"of {masks.documents.num_label_tokens:,} label tokens masked ({masks.masked_fraction:.2%})",
     ]
     sign = "[REDACTED]" if style.redact else "masked" if style.colour else "[-masked-]"
     if not style.colour:
@@ -141,7 +143,7 @@ def main(args: argparse.Namespace) -> int:
     style = Style(
         args.color == "always" or (args.color == "auto" and auto), args.redact, args.context, args.most_tokens
     )
-    print("\n".join(heading(data, masks, options.stm_strategy, style)))
+    print("\n".join(heading(data, masks, options, style)))
     for row in choose_rows(args, masks):
         print()
         print("\n".join(row_lines(data, masks, row, style)))

@@ -151,7 +151,8 @@ class STMTrainerMixin(_Trainer):
             raise ValueError(
                 f"stm_reference={options.stm_reference!r} scores the training set before the first step, which a "
                 f"streaming or custom data set ({type(self.train_dataset).__name__}) does not allow. Load it as a "
-                "datasets.Dataset (streaming=False), or set stm_reference to 'current'."
+                "datasets.Dataset (streaming=False), or, unless stm_strategy compares with a tuned model, set "
+                "stm_reference to 'current'."
             )
         check_scorable(self.model)
         parallelism = self.accelerator.parallelism_config

@@ -68,7 +68,7 @@ class STMOptions:
         default=None,
         metadata={
             "help": "Path or id of the tuned model, or adapter, that `stm_strategy: difference` and `hybrid` compare "
-            "with. Loaded for scoring alone, in the dtype and the quantization of the model in training."
+            "with. Loaded for scoring alone, in dtype, quantization and attention as the model in training."
         },
     )
     stm_seed: int = field(default=0, metadata={"help": "Seed of `stm_strategy: random`. Moves no other randomness."})
@@ -197,7 +197,9 @@ class STMOptions:
     def _check_tuned_model(self) -> None:
         """Raise ValueError for a tuned model that is missing, of no use, or used where it cannot be."""
         tuned, strategy = self.stm_tuned_model, self.stm_strategy
-        if tuned is not None and ((not isinstance(tuned, str) and not hasattr(tuned, "__fspath__")) or tuned == ""):
+        if hasattr(tuned, "__fspath__"):
+            self.stm_tuned_model = tuned = str(tuned)  # arguments are written as JSON
+        if tuned is not None and (not isinstance(tuned, str) or tuned == ""):
             raise ValueError(f"stm_tuned_model must be the path or id of a model or adapter, got {tuned!r}.")
         if strategy not in STRATEGIES_BY_TWO_MODELS:
             if tuned is not None:
@@ -211,10 +213,10 @@ class STMOptions:
                 f"stm_strategy={strategy!r} compares with a tuned model's perplexities. Set stm_tuned_model to its "
                 "path or id, or to that of its adapter."
             )
-        if self.stm_reference == REFERENCE_CURRENT:
+        if self.stm_reference != REFERENCE_INITIAL:
             raise ValueError(
-                f"stm_strategy={strategy!r} compares scores that are made before training, and stm_reference is "
-                "'current'. Set stm_reference to 'initial'."
+                f"stm_strategy={strategy!r} compares the tuned model with the one in training as it starts, and "
+                f"stm_reference is {self.stm_reference!r}. Set stm_reference to 'initial'."
             )
         if strategy == "hybrid" and self.stm_mask_fraction is not None:
             raise ValueError(
@@ -244,6 +246,16 @@ def check_threshold(threshold: Any, strategy: str = "high") -> None:
             f"stm_threshold must be {kind}, a number greater than {least} (inf masks nothing), got {threshold!r}. The "
             f"paper's value is {DEFAULT_THRESHOLD}."
         )
+
+
+def rule_in_words(strategy: str, threshold: Any, tuned_model: str | None) -> str:
+    """Which label tokens a strategy masks at a threshold: "those of perplexity above 2.5"."""
+    if strategy == "difference":
+        return f"those whose perplexity under {tuned_model} exceeds the initial model's by more than {threshold}"
+    above = f"those of perplexity above {threshold}"
+    if strategy == "hybrid":
+        above += f" and those of higher perplexity under {tuned_model}"
+    return above
 
 
 def least_threshold(strategy: str) -> int:

@@ -61,7 +61,14 @@ def loaded_reference(options: STMOptions, device: torch.device) -> Iterator[Any]
 
 @contextmanager
 def loaded_tuned_model(options: STMOptions, trained: Any, device: torch.device) -> Iterator[Any]:
-    """The model of `stm_tuned_model`, in the dtype and quantization of the model in training; freed at the end.
+    """The model of `stm_tuned_model`, in dtype, quantization and attention as the one in training; freed at the end.
+
+    It is on the CPU, but for a quantized one.
+
+    Args:
+        options: Checked STM options.
+        trained: The model in training, as it is loaded: not yet shared out or wrapped.
+        device: Where it is trained.
 
     Raises:
         ValueError: If it, or the base of an adapter, cannot be loaded.
@@ -69,22 +76,32 @@ def loaded_tuned_model(options: STMOptions, trained: Any, device: torch.device) 
     from .scoring import causal_lm
 
     lm, name = causal_lm(trained), str(options.stm_tuned_model)
-    keywords: dict[str, Any] = {"dtype": lm.dtype}
+    # As the model in training is: where two scores are close, any other rounding would decide between them.
+    keywords: dict[str, Any] = {"dtype": lm.dtype, "attn_implementation": lm.config._attn_implementation}
     if getattr(lm, "is_quantized", False):
         keywords |= {"quantization_config": lm.config.quantization_config, "device_map": {"": device}}
-    if getattr(lm.config, "auto_map", None):  # its code was trusted for the model in training
-        keywords["trust_remote_code"] = True
+    keywords |= trusted_code(lm)
     try:
         base = _base_of_adapter(name)
     except (OSError, ValueError) as error:
         raise _cannot_load("stm_tuned_model", name, error) from error
-    with _loaded("stm_tuned_model", base or name, keywords, device) as model:
+    with _loaded("stm_tuned_model", base or name, keywords, torch.device("cpu")) as model:
         if base is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, name)
+            try:
+                model = PeftModel.from_pretrained(model, name)
+            except (OSError, ValueError, RuntimeError) as error:  # one of its weights has another shape, say
+                raise ValueError(
+                    f"stm_tuned_model={name!r} is an adapter that does not fit its base {base!r}: {error}"
+                ) from error
         yield model
         del model
+
+
+def trusted_code(lm: Any) -> dict[str, Any]:
+    """Keywords that let another checkpoint of a model run its own code, where the model in training does."""
+    return {"trust_remote_code": True} if getattr(lm.config, "auto_map", None) else {}
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from .checkpoint import receipt_of
@@ -13,8 +13,8 @@ from .host import Host
 from .masks import unmasked_documents
 from .options import REFERENCE_INITIAL
 from .plan import ScorePlan
-from .reference import check_same_tokens, loaded_reference, loaded_tuned_model
-from .scoring import Autocast
+from .reference import check_same_tokens, loaded_reference, loaded_tuned_model, trusted_code
+from .scoring import Autocast, causal_lm
 from .sharding import is_sharded
 from .store import ScoresError, ScoresKey, ScoreStore
 
@@ -69,16 +69,12 @@ class StartScores:
                     "The training set has changed since the trainer was made, and under FSDP no scores are made for "
                     "another one. Make a new trainer with it, after it has been scored."
                 )
+            self._check_expected(self._unsharded[0], expected)
             return *self._unsharded, "found"
         with self._scoring_model() as (model, autocast):
             key = self._key(model, autocast, plan)
-            if expected is not None and key != expected:
-                differing = [name for name, value in vars(expected).items() if value != getattr(key, name)]
-                raise ScoresError(
-                    f"The scores of the original start are gone from {store.path(expected)}, and cannot be made again "
-                    f"from this model: its {' and '.join(differing)} differs. Put that folder back, or build the "
-                    "trainer with the model that the run started from."
-                )
+            self._check_expected(key, expected)
+            self._place(model, key, plan)
             scores, origin = find_or_make_scores(
                 store,
                 key,
@@ -90,6 +86,19 @@ class StartScores:
                 progress=self._host.shows_progress,
             )
         return key, scores, origin
+
+    def _check_expected(self, key: ScoresKey, expected: ScoresKey | None) -> None:
+        """Raise ScoresError if scores that are gone were made by another model than there is now."""
+        if expected is not None and key != expected:
+            differing = [name for name, value in vars(expected).items() if value != getattr(key, name)]
+            raise ScoresError(
+                f"The scores of the original start are gone from {self.store.path(expected)}, and cannot be made "
+                f"again from this model: its {' and '.join(differing)} differs. Put that folder back, or build the "
+                "trainer with the model that the run started from."
+            )
+
+    def _place(self, model: Any, key: ScoresKey, plan: ScorePlan) -> None:
+        """Put the model where it scores, if it has to: here it is there."""
 
     def of_checkpoint(self, checkpoint: str, plan: ScorePlan) -> tuple[ScoresKey, Any]:
         """Key and scores that the run started with whose checkpoint is resumed."""
@@ -176,11 +185,17 @@ class TunedScores(StartScores):
     def check_reference(self, documents: Documents) -> None:
         """Check that the tuned model reads the same tokens in some documents."""
         check_same_tokens(
-            "stm_tuned_model", str(self._host.options.stm_tuned_model), {}, self._host.tokenizer, documents.input_ids
+            "stm_tuned_model",
+            str(self._host.options.stm_tuned_model),
+            trusted_code(causal_lm(self._host.model)),
+            self._host.tokenizer,
+            documents.input_ids,
         )
 
     def set_up(self) -> None:
-        """Nothing: the model is at hand whenever it is needed."""
+        """Under FSDP, after which the model in training does not say any more how it was loaded, find the scores."""
+        if self._host.is_fsdp_enabled:
+            self._find_before_sharding()
 
     def of_checkpoint(self, checkpoint: str, plan: ScorePlan) -> tuple[ScoresKey, Any]:
         """Key and scores that the run started with whose checkpoint is resumed; made again if they are gone."""
@@ -190,7 +205,20 @@ class TunedScores(StartScores):
 
     @contextmanager
     def _scoring_model(self) -> Iterator[tuple[Any, Autocast]]:
-        with loaded_tuned_model(self._host.options, self._host.model, self._host.device) as model:
-            yield model, self._host.autocast
-            del model
+        host, models = self._host, []
+        with ExitStack() as stack:
+            # An error of one process, such as a file that one machine lacks, is raised on all.
+            host.ranks.each(
+                lambda: models.append(stack.enter_context(loaded_tuned_model(host.options, host.model, host.device)))
+            )
+            yield models.pop(), host.autocast
         gc.collect()
+
+    def _place(self, model: Any, key: ScoresKey, plan: ScorePlan) -> None:
+        """Put the model on the device, unless its scores are there: it may have no room beside the one in training."""
+        try:
+            stored = self._read(key, plan) is not None
+        except ScoresError:
+            stored = False  # whoever makes them says what is wrong
+        if not stored and quantization(model) == "none":
+            model.to(self._host.device)

@@ -64,6 +64,7 @@ class Sweep:
         fractions: What each fraction masks; none under `hybrid`, which takes no fraction.
         share: The share that was asked for.
         for_share: What the threshold for that share masks, as much below it as ties allow; None under `hybrid`.
+        strategy: The strategy. Thresholds of `difference` are differences of perplexities.
     """
 
     label_tokens: int
@@ -74,6 +75,7 @@ class Sweep:
     fractions: tuple[SweepRow, ...]
     share: float
     for_share: SweepRow | None
+    strategy: str = "high"
 
     @classmethod
     def of(
@@ -82,6 +84,7 @@ class Sweep:
         scores: np.ndarray,
         stop_token_ids: Iterable[int] = (),
         *,
+        nll: np.ndarray | None = None,
         thresholds: Sequence[float] = THRESHOLDS,
         fractions: Sequence[float] = FRACTIONS,
         share: float = PAPER_FRACTION,
@@ -94,6 +97,7 @@ class Sweep:
             scores: Scores in nats of all N label tokens, in the data set's order, shape `(N,)`, float32: what
                 `deciding_scores` says that the strategy compares.
             stop_token_ids: Ids that end a turn or a text.
+            nll: NLL in nats of the same tokens, where the scores are another thing; the quantiles are of these.
             thresholds: Perplexities.
             fractions: Shares between 0 and 1, exclusive.
             share: The share to name a threshold for.
@@ -131,9 +135,14 @@ class Sweep:
         takes_fraction = options.stm_strategy != "hybrid"
         shares = tuple(row(None, fraction) for fraction in fractions) if takes_fraction else ()
         wished = row(None, share) if takes_fraction else None
-        quantiles = {q: perplexity(np.quantile(scores.astype(np.float64), q, method="lower")) for q in QUANTILES}
+        quantiles = {
+            q: perplexity(np.quantile((scores if nll is None else nll).astype(np.float64), q, method="lower"))
+            for q in QUANTILES
+        }
         num_rows = len(documents.row_offsets) - 1
-        return cls(len(scores), num_rows, num_stop_tokens, quantiles, rows, shares, share, wished)
+        return cls(
+            len(scores), num_rows, num_stop_tokens, quantiles, rows, shares, share, wished, options.stm_strategy
+        )
 
     def lines(self) -> list[str]:
         """Tables for the terminal; a star marks what lies within the paper's band."""
@@ -144,7 +153,7 @@ class Sweep:
             f"{self.label_tokens:,} label tokens in {self.rows:,} rows; quantiles of their perplexity: {quantiles}",
             "",
             f"  stm_threshold     {head}",
-            f"  (perplexity)      {units}",
+            f"  ({'difference' if self.strategy == 'difference' else 'perplexity'})      {units}",
             *(f"  {row.threshold:>13g}     {self._columns(row)}" for row in self.thresholds),
             "",
         ]
@@ -233,6 +242,7 @@ def sweep_of(
         data.documents,
         data.scores(options or data.options),
         data.kept.stop_token_ids,
+        nll=data.nll,
         thresholds=thresholds,
         fractions=fractions,
         share=share,

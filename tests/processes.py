@@ -1,5 +1,6 @@
 """What the tests of several processes share: a saved model, and the launch of their own file in two processes."""
 
+import copy
 import math
 import os
 import subprocess
@@ -42,6 +43,18 @@ def saved_llama(folder, tokenizer, **settings):
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return model
+
+
+def save_tuned_model(model, tokenizer, folder):
+    """Save, and return, the model after a change that moves perplexities up and down; the model itself stays."""
+    tuned = copy.deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in tuned.model.layers[-1].parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    tuned.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tuned
 
 
 def rows_with_an_empty_pair(tokenizer, model, num_rows):

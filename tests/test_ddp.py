@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from processes import load, rows_with_an_empty_pair, saved_llama, two_processes
+from processes import load, rows_with_an_empty_pair, save_tuned_model, saved_llama, two_processes
 from trl_helpers import (
     IGNORE,
     CountTokens,
@@ -160,6 +160,10 @@ def _scenarios(folder, out):
             **steps,
         ),
     )
+    yield (
+        "two models",
+        lambda: _scored_run(folder, out / "two", per_device_train_batch_size=2, **_two_models(folder)),
+    )
     live = {"stm_reference": "current"}
     yield "live", lambda: _live_run(folder, out / "live", per_device_train_batch_size=2, **live)
     steps_of_two = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -182,6 +186,10 @@ def _scenarios(folder, out):
     for name, options in _disagreements(rank, rows).items():
         yield name, lambda options=options: _refusal(folder, out / "refused", **options)
     yield "after refusals", lambda: _scored_run(folder, out / "full", per_device_train_batch_size=2, max_steps=1)
+
+
+def _two_models(folder):
+    return {"stm_strategy": "difference", "stm_tuned_model": str(folder / "tuned")}
 
 
 def _disagreements(rank, rows):
@@ -235,6 +243,7 @@ def both(tokenizer, tmp_path_factory):
     model = saved_llama(folder, tokenizer)
     rows, nll, nats = rows_with_an_empty_pair(tokenizer, model, NUM_ROWS)
     expected = masked_rows(rows, nll, nats)
+    save_tuned_model(model, tokenizer, folder / "tuned")
     (folder / "settings.json").write_text(
         json.dumps({"rows": rows, "threshold": math.exp(nats), "expected": expected, "out": "out"})
     )
@@ -288,6 +297,17 @@ def test_two_processes_are_one(name, alone, both, tmp_path, monkeypatch):
     for name_, tensor in one["weights"].items():
         assert torch.allclose(rank0["weights"][name_], tensor, atol=2e-2), name_
         assert torch.equal(rank0["weights"][name_], rank1["weights"][name_])
+
+
+def test_two_processes_compare_two_models_as_one(both, tmp_path, monkeypatch):
+    ranks, folder, _ = both
+    one = _alone(folder, tmp_path, monkeypatch, per_device_train_batch_size=4, **_two_models(folder))
+    assert 0 < one["receipt"]["masked_tokens"] < one["receipt"]["label_tokens"]
+    for rank in ranks:
+        found = rank["two models"]
+        assert found["labels"] == one["labels"]
+        assert found["receipt"]["tuned_scores_key"] == one["receipt"]["tuned_scores_key"]
+        _same_gradient(found["gradients"], one["gradients"])
 
 
 @pytest.mark.parametrize("name", ["live", "live, accumulated", "live fraction"])

@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from processes import load, saved_llama, two_processes
+from processes import load, save_tuned_model, saved_llama, two_processes
 from trl_helpers import (
     RecordingSTM,
     assert_margin,
@@ -55,6 +55,10 @@ def _make(folder, out, **options):
     )
 
 
+def _two_models(folder):
+    return {"stm_strategy": "difference", "stm_tuned_model": str(folder / "tuned")}
+
+
 def _trained(made):
     made.train()
     return {
@@ -92,6 +96,11 @@ def main(folder):
             lambda: _make(folder, folder / "out", stm_scores_dir=str(folder / "elsewhere"), **options)
         ),
     }
+    two = _two_models(folder)
+    found["two models"] = _trained(_make(folder, folder / "out", **options, **two))
+    found["no tuned scores"] = _refusal(
+        lambda: _make(folder, folder / "out", **options, **two | {"stm_tuned_model": str(folder / "model 2")})
+    )
     changed = _make(folder, folder / "out", **options)
     changed.train_dataset = changed.train_dataset.select(range(NUM_ROWS - 1))
     found["changed"] = _refusal(changed.train)
@@ -129,8 +138,12 @@ def runs(tokenizer, tmp_path_factory):
         made = _make(folder, folder / "alone", per_device_train_batch_size=4)
         made.stm_score()
         alone = _trained(made)
+        save_tuned_model(model, tokenizer, folder / "tuned")
+        save_tuned_model(save_tuned_model(model, tokenizer, folder / "model 2"), tokenizer, folder / "model 2")
+        made = _make(folder, folder / "alone", per_device_train_batch_size=4, **_two_models(folder))
+        alone["two models"] = _trained(made)
     ranks, errors = two_processes(__file__, folder)
-    assert errors.count("Scores: found") == 1
+    assert errors.count("Scores: found") == 2
     return ranks, alone
 
 
@@ -143,6 +156,13 @@ def test_training_under_fsdp_finds_the_scores_of_one_process(runs):
         assert (found["digest"], found["key"], found["items"]) == (alone["digest"], alone["key"], alone["items"])
         for name, weight in found["weights"].items():
             assert torch.allclose(weight, alone["weights"][name], rtol=1e-4, atol=1e-5), name
+
+
+def test_scores_of_a_tuned_model_are_found_before_weights_are_shared_out(runs):
+    ranks, alone = runs
+    for rank in ranks:
+        assert rank["two models"]["digest"] == alone["two models"]["digest"] != alone["digest"]
+        assert "Under FSDP the scores must be there before training starts" in rank["no tuned scores"]
 
 
 def test_without_scores_the_command_is_named(runs):

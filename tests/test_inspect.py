@@ -107,7 +107,7 @@ def test_hostile_text_does_nothing(colour, redact):
 
 def test_the_heading_counts(data):
     masks = data.masks(STMOptions(stm_threshold=2.5))
-    text = "\n".join(heading(data, masks, "high", PLAIN))
+    text = "\n".join(heading(data, masks, STMOptions(), PLAIN))
     number = sum(map(sum, masked_rows(data, 2.5)))
     assert f"{number:,} of {len(data.nll):,} label tokens masked ({number / len(data.nll):.2%})" in text
     assert "perplexity above 2.5 " in text

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def naive(nll, tuned_nll, strategy, threshold):
         if strategy == "difference":
             masked.append(after > before and after - before > threshold)
         else:
-            masked.append(before > threshold or after > before)
+            masked.append(before > threshold or other > one)  # exp would round tiny differences away
     return masked
 
 
@@ -113,7 +114,11 @@ def test_scores_that_do_not_belong_to_the_strategy(strategy, tuned, message):
         ),
         (
             {"stm_strategy": "difference", "stm_tuned_model": "t", "stm_reference": "current"},
-            "scores that are made before training",
+            "stm_reference is 'current'. Set stm_reference to 'initial'",
+        ),
+        (
+            {"stm_strategy": "hybrid", "stm_tuned_model": "t", "stm_reference": "some/model"},
+            "stm_reference is 'some/model'. Set stm_reference to 'initial'",
         ),
         ({"stm_strategy": "hybrid", "stm_tuned_model": "t", "stm_threshold": 1.0}, "a number greater than 1"),
         (
@@ -296,6 +301,77 @@ def test_a_resumed_run_keeps_its_masks_and_makes_the_tuned_scores_again(tuned, t
         other.train(resume_from_checkpoint=checkpoint)
 
 
+def test_a_tuned_model_that_is_the_initial_one_is_refused(tokenizer, make_model, chats, tmp_path):
+    make_model().save_pretrained(tmp_path / "same")
+    tokenizer.save_pretrained(tmp_path / "same")
+    made = stm_trainer(
+        make_model(),
+        chats,
+        tokenizer,
+        tmp_path / "run",
+        max_length=None,
+        stm_strategy="hybrid",
+        stm_tuned_model=str(tmp_path / "same"),
+    )
+    with pytest.raises(ValueError, match="computes exactly what the model in training does"):
+        made.train()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_tuned_model_computes_in_dtype_and_attention_of_the_one_in_training(
+    attention, tuned, tokenizer, make_model, chats, tmp_path
+):
+    """In bfloat16, rounding alone would decide about many tokens: those that the change hardly touches."""
+    from transformers import AutoModelForCausalLM
+
+    make_model().save_pretrained(tmp_path / "initial")
+    other = make_model()
+    with torch.no_grad():  # the row of a token that is nowhere
+        other.lm_head.weight[1] += 50.0 * torch.sign(other.lm_head.weight[1])
+    tokenizer.save_pretrained(tmp_path / "initial")
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    keywords = {"dtype": torch.bfloat16, "attn_implementation": attention}
+    initial, tuned_model = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, **keywords) for name in ("initial", "other")
+    )
+    options = {"stm_strategy": "hybrid", "stm_threshold": 1e30, "stm_tuned_model": Path(tmp_path / "other")}
+    made = stm_trainer(
+        initial, chats, tokenizer, tmp_path / "run", max_length=None, stm_tokens_per_batch=1, bf16=False, **options
+    )
+    run = made.stm_score()
+    assert run.tuned_key.dtype == run.key.dtype == "torch.bfloat16"
+    assert json.loads(made.args.to_json_string())["stm_tuned_model"] == str(tmp_path / "other")
+    plain = plain_trainer(make_model(), chats, tokenizer, tmp_path / "plain", max_length=None).train_dataset
+
+    def logits_of(model):
+        def logits(ids):
+            with torch.no_grad():
+                return model.eval()(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
+
+        return logits
+
+    ours = [oracle_nll(plain, logits_of=logits_of(model)) for model in (initial, tuned_model)]
+    flat = [np.array([value for row in nll for value in row if not math.isnan(value)], np.float32) for nll in ours]
+    assert run.masks.num_masked == int((flat[1] > flat[0]).sum())
+
+
+def test_what_is_said_of_masks_by_two_models(tuned, tokenizer, make_model, chats, tmp_path, capsys, caplog):
+    path, _ = tuned
+    options = {"stm_strategy": "difference", "stm_tuned_model": path, "stm_threshold": 40.0}
+    with caplog.at_level("INFO"):
+        trainer = train(make_model(), chats, tokenizer, tmp_path / "run", **options)
+    said = f"those whose perplexity under {path} exceeds the initial model's by more than 40.0"
+    assert said in caplog.text
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert f"whose perplexity under {path} exceeds the initial model's by more than 40 (" in capsys.readouterr().out
+    assert main(["sweep", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    median = float(np.exp(np.quantile(trainer._stm_run.nll.astype(np.float64), 0.5, method="lower")))
+    assert f"50% {median:.3g}" in text
+    assert "(difference)" in text
+
+
 def test_a_tuned_model_that_cannot_be_used(tuned, tokenizer, make_model, chats, tmp_path):
     options = {"stm_strategy": "hybrid", "max_length": None}
     with pytest.raises(ValueError, match=r"stm_tuned_model='.*nowhere' is not a model that can be loaded"):
@@ -303,6 +379,15 @@ def test_a_tuned_model_that_cannot_be_used(tuned, tokenizer, make_model, chats, 
             make_model(), chats, tokenizer, tmp_path / "a", stm_tuned_model=str(tmp_path / "nowhere"), **options
         )
     path, _ = tuned
+    wide = make_model(hidden_size=64)
+    get_peft_model(wide, LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": path}))
+    made = stm_trainer(
+        make_model(), chats, tokenizer, tmp_path / "c", stm_tuned_model=str(tmp_path / "adapter"), **options
+    )
+    with pytest.raises(ValueError, match=r"stm_tuned_model=.*adapter' is an adapter that does not fit its base"):
+        made.train()
     swapped = json.loads((tmp_path / "tuned" / "tokenizer.json").read_text())
     vocabulary = swapped["model"]["vocab"]
     vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
