@@ -435,7 +435,7 @@ def test_lines_are_logged_by_one_process_only(both):
         "damaged scores",
         "after refusals",
     )
-    runs += ("live", "live, accumulated", "live fraction")
+    runs += ("two models", "live", "live, accumulated", "live fraction")
     assert errors.count("STM is on") == len(runs)
 
 
