@@ -31,7 +31,7 @@ from .results import (
 )
 from .settings import Settings, task_name, with_folder
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("stm_plugin.experiment.arm")  # also where this is the main module
 
 if TYPE_CHECKING:
     from ..forgetting.evaluation import Evaluation
