@@ -8,7 +8,7 @@ import math
 import weakref
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,40 +31,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MaskedRun:
-    """A training set with its scores and masks.
+class ScoredRows:
+    """A training set with its scores.
 
     Attributes:
-        options: The options in force.
         source: The data set as the host prepared it.
         plan: What was scored.
         nll: NLL in nats of all N label tokens, in the data set's order, shape `(N,)`, float32.
         tuned_nll: The same under the tuned model; None where the strategy takes none.
         key: Key of the scores.
         tuned_key: Key of the tuned model's.
-        masks: What is masked.
-        receipt: What `stm.json` says.
+        rows_file: Name of the file that the rows are kept in; None if they are not.
     """
-
-    options: STMOptions
-    source: "Dataset"
-    plan: ScorePlan
-    nll: np.ndarray
-    tuned_nll: np.ndarray | None
-    key: ScoresKey
-    tuned_key: ScoresKey | None
-    masks: Masks
-    receipt: Receipt
-
-    @cached_property
-    def masked(self) -> "Dataset":
-        """The data set with its masked labels."""
-        masks = self.masks
-        return with_columns(self.source, masks.documents, masks.labels, **{MASKED_COLUMN: masks.masked_per_row})
-
-
-class _Scored(NamedTuple):
-    """A data set with its scores, as a `MaskedRun` has them, and the name of the file that its rows are kept in."""
 
     source: "Dataset"
     plan: ScorePlan
@@ -73,6 +51,27 @@ class _Scored(NamedTuple):
     key: ScoresKey
     tuned_key: ScoresKey | None
     rows_file: str | None
+
+
+@dataclass(frozen=True)
+class MaskedRun(ScoredRows):
+    """A training set with its scores and masks.
+
+    Attributes:
+        options: The options in force.
+        masks: What is masked.
+        receipt: What `stm.json` says.
+    """
+
+    options: STMOptions
+    masks: Masks
+    receipt: Receipt
+
+    @cached_property
+    def masked(self) -> "Dataset":
+        """The data set with its masked labels."""
+        masks = self.masks
+        return with_columns(self.source, masks.documents, masks.labels, **{MASKED_COLUMN: masks.masked_per_row})
 
 
 class MaskingAhead:
@@ -155,8 +154,7 @@ class MaskingAhead:
                     f"stm_reference changed from {run.options.stm_reference!r} to {options.stm_reference!r} after the "
                     "training set was scored. Make a new trainer for it."
                 )
-            source, plan, nll, key = run.source, run.plan, run.nll, run.key
-            rows_file = run.receipt["documents_file"]
+            source, plan, nll, key, rows_file = run.source, run.plan, run.nll, run.key, run.rows_file
         else:
             source = run.source if run is not None and masked_before else host.train_dataset
             plan = ScorePlan.of(unmasked_documents(source))
@@ -170,7 +168,7 @@ class MaskingAhead:
         if run is not None and masked_before and options == run.options and key == run.key:
             return run, origin
         tuned_key, tuned_nll = self._of_tuned_model(checkpoint, plan, key)
-        scored = _Scored(source, plan, nll, tuned_nll, key, tuned_key, rows_file)
+        scored = ScoredRows(source, plan, nll, tuned_nll, key, tuned_key, rows_file)
         try:
             return self._apply(options, scored), origin
         except ValueError as error:
@@ -212,12 +210,11 @@ class MaskingAhead:
             )
         return key, plan.spread(found)
 
-    def _apply(self, options: STMOptions, scored: "_Scored") -> MaskedRun:
+    def _apply(self, options: STMOptions, scored: ScoredRows) -> MaskedRun:
         """What options mask of a scored data set, with its receipt."""
-        host = self._host
-        source, plan, nll, tuned_nll, key, tuned_key, rows_file = scored
-        scores = deciding_scores(nll, tuned_nll, options.stm_strategy)
-        masks = make_masks(plan.documents, scores, options, host.stop_token_ids)
+        host, key = self._host, scored.key
+        scores = deciding_scores(scored.nll, scored.tuned_nll, options.stm_strategy)
+        masks = make_masks(scored.plan.documents, scores, options, host.stop_token_ids)
         del scores
         if masks.rows_without_kept_tokens and not host.loss_takes_count:
             raise ValueError(
@@ -235,14 +232,14 @@ class MaskingAhead:
             autocast=key.autocast,
             normalization=host.normalization,
             model=host.model_name if options.stm_reference == REFERENCE_INITIAL else options.stm_reference,
-            documents_file=rows_file,
+            documents_file=scored.rows_file,
         )
-        if tuned_key is not None:
+        if scored.tuned_key is not None:
             receipt |= {
-                "tuned_scores_entry": str(self._tuned_scores.store.path(tuned_key)),
-                TunedScores.key_name: vars(tuned_key).copy(),
+                "tuned_scores_entry": str(self._tuned_scores.store.path(scored.tuned_key)),
+                TunedScores.key_name: vars(scored.tuned_key).copy(),
             }
-        return MaskedRun(options, source, plan, nll, tuned_nll, key, tuned_key, masks, receipt)
+        return MaskedRun(**vars(scored), options=options, masks=masks, receipt=receipt)
 
     def _keep_documents(self, source: "Dataset", plan: ScorePlan) -> str | None:
         """Keep the rows for `stm report` and the like; name of the file, or None where it could not be written."""
