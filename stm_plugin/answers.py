@@ -1,6 +1,7 @@
 """What a model answers to prompts, by transformers' own `generate`, in left-padded batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -55,17 +56,20 @@ def generate(
 ) -> list[TokenRow]:
     """Answers as for `greedy_answers`, with further options of `model.generate` that say how a token is chosen.
 
-    Penalties of repetition that a model's generation config may have are off.
+    Of the model's generation config, only what ends an answer counts: its penalties, forced and forbidden tokens,
+    limits and other ways of choosing are off.
     """
     import torch
+    from transformers import GenerationConfig
 
     from .scoring import eval_mode
 
     prompt_ids = [prompt_token_ids(tokenizer, prompt) for prompt in prompts]
     stop_ids = stop_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=pad_id, **options)
     rows: list[TokenRow] = []
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), _without_generation_config(model), torch.no_grad():
         for start in range(0, len(prompt_ids), batch_size):
             batch = prompt_ids[start : start + batch_size]
             width = max(map(len, batch))
@@ -74,18 +78,28 @@ def generate(
             output = model.generate(
                 input_ids=torch.tensor(padded, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
-                num_beams=1,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=stop_ids,
-                pad_token_id=pad_id,
-                **options,
+                generation_config=config,
             )
             for ids, answer in zip(batch, output[:, width:].tolist(), strict=True):
                 stop = next((i + 1 for i, token in enumerate(answer) if token in stop_ids), len(answer))
                 rows.append(TokenRow(ids + answer[:stop], len(ids)))
     return rows
+
+
+@contextmanager
+def _without_generation_config(model: "PreTrainedModel") -> Iterator[None]:
+    """Keep a model's generation config away: `generate` takes from it whatever its caller leaves open."""
+    from transformers import GenerationConfig
+
+    whole: list[Any] = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    before = [(part, part.generation_config) for part in whole if "generation_config" in vars(part)]
+    try:
+        for part, _ in before:
+            part.generation_config = GenerationConfig()
+        yield
+    finally:
+        for part, config in before:
+            part.generation_config = config
 
 
 def prompt_token_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:

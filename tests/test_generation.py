@@ -1,8 +1,11 @@
 """`stm generate`: what is chosen and written, what stops it and how it goes on, what it refuses."""
 
 import argparse
+import errno
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +59,10 @@ def interrupted(answer, row):
 """
 
 
+REFUSED = "refused"
+"""A finish, for `Scripted`: the error of a request that is at fault itself."""
+
+
 class Scripted:
     """An engine whose answers are given: texts, or pairs of text and finish; anything else is made up."""
 
@@ -68,8 +75,8 @@ class Scripted:
             self.asked.append((request.row, request.sample))
             answer = self.answers.get((request.row, request.sample), f"answer {request.row} {request.sample}")
             text, finish = (answer, STOP) if isinstance(answer, str) else answer
-            if finish == ERROR:
-                yield Generated(request.row, request.sample, "", 0, ERROR, text)
+            if finish in (ERROR, REFUSED):
+                yield Generated(request.row, request.sample, "", 0, ERROR, text, finish == REFUSED)
             else:
                 yield Generated(request.row, request.sample, text, len(text) + 1, finish)
 
@@ -213,18 +220,13 @@ def test_trl_takes_what_is_written(place, make_model, tokenizer):
     trainer.train()
 
 
-@pytest.mark.parametrize("form", ["text", "messages"])
-def test_prompt_and_completion(form, place, chats):
+def test_prompt_and_completion(place, chats):
     rows = [dict(chat) for chat in chats[:3]]
-    if form == "text":
-        rows = [{name: value[0]["content"] for name, value in row.items()} for row in rows]
     write_rows(rows, place / "pairs.jsonl")
-    engine = Scripted()
-    receipt = generate_data(settings(data="pairs.jsonl", samples=1), engine=engine)
+    receipt = generate_data(settings(data="pairs.jsonl", samples=1), engine=Scripted())
     written = rows_of("out.jsonl")
     assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
-    completions = [row["completion"] if form == "text" else row["completion"][0]["content"] for row in written]
-    assert completions == ["answer 0 0", "answer 1 0", "answer 2 0"]
+    assert [row["completion"][0]["content"] for row in written] == ["answer 0 0", "answer 1 0", "answer 2 0"]
     assert receipt["perplexity"]["after"]["rows"] == 3
 
 
@@ -249,24 +251,54 @@ def test_rephrase_shows_task_and_answer(place):
     assert receipt["settings"]["template"].startswith("<{answer}>")
 
 
-def test_an_adapter_is_put_on_the_model(place):
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def base():
+    from transformers import AutoModelForCausalLM
 
-    def base():
-        return AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+
+
+def save_adapter(folder, base_name):
+    from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     adapter = get_peft_model(base(), config)
-    adapter.peft_config["default"].base_model_name_or_path = "nowhere/to-be-had"
-    adapter.save_pretrained("adapter")
+    adapter.peft_config["default"].base_model_name_or_path = base_name
+    adapter.save_pretrained(folder)
+
+
+def test_an_adapter_is_put_on_the_model(place, tokenizer, caplog):
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    save_adapter("adapter", "nowhere/to-be-had")
     receipt = generate_data(settings(adapter="adapter"), engine=Scripted())
+    assert "The adapter adapter says that it is for nowhere/to-be-had, and is put on model." in caplog.text
     model, tokenizer = PeftModel.from_pretrained(base(), "adapter"), AutoTokenizer.from_pretrained("model")
     expected = [naive_perplexity(model, tokenizer, row["messages"]) for row in rows_of("out.jsonl")]
     assert receipt["perplexity"]["after"]["mean"] == pytest.approx(np.mean(expected), rel=1e-4)
     with pytest.raises(ValueError, match=r"adapter was .*, is now None"):
         generate_data(settings(), engine=Scripted())
+    tokenizer.save_pretrained("adapter")  # the answers are written with it
+    with pytest.raises(ValueError, match=r"adapter\.tokenizer\.json was None"):
+        generate_data(settings(adapter="adapter"), engine=Scripted())
+
+
+@pytest.mark.parametrize("where", ["by name", "by place", "by files"])
+def test_an_adapter_of_the_same_base_is_no_warning(where, place, learned, caplog):
+    if where == "by files":
+        shutil.copytree(learned, "copied")
+    save_adapter("adapter", {"by name": "model", "by place": str(learned), "by files": "copied"}[where])
+    generate_data(settings(adapter="adapter", samples=1, rows=1), engine=Scripted())
+    assert "says that it is for" not in caplog.text
+
+
+def test_an_adapter_that_is_none_is_refused(place, learned):
+    """And does not take the place of the model."""
+    (place / "other").symlink_to(learned)
+    with pytest.raises(ValueError, match=r"--adapter other: this is no adapter.* goes into --model"):
+        generate_data(settings(adapter="other"), engine=Scripted(before=pytest.fail))
+    assert not Path("out.samples.jsonl").exists()
 
 
 # What is chosen.
@@ -276,6 +308,7 @@ def test_cut_and_empty_answers_are_never_chosen(place):
     human = rows_of("chats.jsonl")[0]["messages"][-1]["content"]  # the model has learned it
     answers = {(0, 0): (human, LENGTH), (0, 1): "", (0, 2): " \n", (0, 3): "qx zv"}
     answers |= {(row, sample): ("cut off", LENGTH) for row in range(1, 6) for sample in range(4)}
+    answers |= {(5, 3): ("", LENGTH)}  # still thinking
     receipt = generate_data(settings(samples=4), engine=Scripted(answers))
     samples = samples_in()[:4]
     assert [sample["verdict"] for sample in samples] == ["cut", "empty", "empty", "passed"]
@@ -433,6 +466,108 @@ def test_a_damaged_line_is_named(place):
     assert engine.asked == [(0, 1), *((index // 3, index % 3) for index in range(7, 18))]
 
 
+def test_another_verifier_judges_what_is_there(place):
+    receipt = generate_data(settings(), engine=Scripted({(2, 0): ("cut", LENGTH), (3, 1): ""}))
+    before, scored = samples_in(), receipt["seconds"]["score"]
+    assert receipt["samples"]["passed"] == 16
+    receipt = generate_data(settings(verifier="judge:even"), engine=Scripted(before=pytest.fail))
+    even = [sum(sample["text"].encode()) % 2 == 0 for sample in before]
+    expected = ["passed" if is_even else "wrong" for is_even in even]
+    expected[6], expected[10] = "cut", "empty"
+    assert 4 < expected.count("passed") < 14
+    after = samples_in()
+    assert [sample["verdict"] for sample in after] == expected
+    assert [sample | {"verdict": None} for sample in after] == [sample | {"verdict": None} for sample in before]
+    assert receipt["samples"]["passed"] == expected.count("passed")
+    assert receipt["seconds"]["score"] == scored  # perplexities stay, too
+    assert receipt["settings"]["verifier"] == "judge:even"
+    assert rows_of("out.samples.jsonl")[0] == {"settings": receipt["settings"]}
+    generate_data(
+        settings(verifier="judge:even", output=Path("anew.jsonl")), engine=Scripted({(2, 0): "", (3, 1): ""})
+    )
+    assert rows_of("out.jsonl") == rows_of("anew.jsonl")
+
+
+@pytest.mark.parametrize("where", ["judge.py", "helpers.py"])
+def test_a_verifier_that_has_changed_judges_again(where, place):
+    Path("judge.py").write_text("from helpers import *\n" if where == "helpers.py" else JUDGE)
+    Path("helpers.py").write_text(JUDGE)
+
+    def started(engine):
+        for name in ("judge", "helpers"):
+            sys.modules.pop(name, None)
+        return generate_data(settings(verifier="judge:anything"), engine=engine)
+
+    try:
+        assert started(Scripted())["samples"]["passed"] == 18
+        assert started(Scripted(before=pytest.fail))["samples"]["passed"] == 18
+        Path(where).write_text(JUDGE.replace("return True", "return 'answer 1' in answer"))
+        importlib.invalidate_caches()
+        assert started(Scripted(before=pytest.fail))["samples"]["passed"] == 3
+    finally:
+        sys.modules.pop("helpers", None)
+
+
+def test_stopped_while_judging_anew_nothing_is_lost(place):
+    texts = [sample["text"] for sample in samples_in()] if generate_data(settings(), engine=Scripted()) else []
+    with pytest.raises(KeyboardInterrupt):
+        generate_data(settings(verifier="judge:interrupted"), engine=Scripted(before=pytest.fail))
+    receipt = generate_data(settings(verifier="judge:even"), engine=Scripted(before=pytest.fail))
+    assert [sample["text"] for sample in samples_in()] == texts
+    assert sum(receipt["samples"]["rejected"].values()) + receipt["samples"]["passed"] == 18
+
+
+def test_more_samples_and_more_rows_are_added(place):
+    first = Scripted()
+    generate_data(settings(samples=2, rows=4), engine=first)
+    assert len(first.asked) == 8
+    more = Scripted()
+    receipt = generate_data(settings(samples=3), engine=more)
+    assert sorted(more.asked) == sorted({(row, s) for row in range(6) for s in range(3)} - set(first.asked))
+    assert receipt["rows"]["read"] == receipt["perplexity"]["before"]["rows"] == len(rows_of("out.jsonl")) == 6
+    assert receipt["samples"]["generated"] == 18
+    anew = generate_data(settings(output=Path("anew.jsonl")), engine=Scripted())
+    assert rows_of("out.jsonl") == rows_of("anew.jsonl")
+    for name in ("before", "after"):
+        for fact in ("mean", "std"):
+            assert receipt["perplexity"][name][fact] == pytest.approx(anew["perplexity"][name][fact], rel=1e-6)
+    # More rows, of which a first one is another, are other data.
+    rows = rows_of("chats.jsonl")
+    write_rows([rows[0] | {"note": "new"}, *rows[1:], rows[0]], Path("chats.jsonl"))
+    with pytest.raises(ValueError, match=r"(?s)rows was 6, is now 7.*data was "):
+        generate_data(settings(), engine=Scripted(before=pytest.fail))
+    write_rows([*rows, rows[0]], Path("chats.jsonl"))
+    more = Scripted()
+    generate_data(settings(), engine=more)
+    assert more.asked == [(6, 0), (6, 1), (6, 2)]
+
+
+def test_a_full_disk_tears_no_line_that_is_followed_by_another(tmp_path, monkeypatch):
+    path = tmp_path / "x.samples.jsonl"
+    file = SamplesFile(path, {"method": "x"})
+    file.add(Sample(0, 0, "first", 1, STOP))
+    write, calls = os.write, []
+
+    def half(descriptor, data):
+        calls.append(data)
+        if len(calls) == 1:
+            return write(descriptor, data[: len(data) // 2])
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", half)
+    file.spent("generate", 2.0)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        file.add(Sample(0, 1, "second", 1, STOP))
+    file.close()  # there is room again
+    assert len(calls) == 3
+    again = SamplesFile(path, {"method": "x"})
+    assert {key: sample.text for key, sample in again.samples.items()} == {(0, 0): "first"}
+    assert again.seconds == {"generate": 2.0}
+    again.close()
+
+
 def test_stopped_while_verifying_it_verifies_again(place):
     with pytest.raises(KeyboardInterrupt):
         generate_data(settings(verifier="judge:interrupted"), engine=Scripted())
@@ -447,9 +582,9 @@ def test_other_settings_are_named(place):
     sampling = Sampling(temperature=0.5, top_p=1.0, max_new_tokens=24)
     for changes, message in (
         ({"sampling": sampling}, "temperature was 1.0, is now 0.5"),
-        ({"samples": 4}, "samples was 3, is now 4"),
+        ({"samples": 2}, "samples was 3, is now 2"),
+        ({"samples": 4, "sampling": sampling}, "temperature was 1.0, is now 0.5"),
         ({"rows": 2}, "rows was 6, is now 2"),
-        ({"verifier": "judge:even"}, "verifier was 'judge:anything', is now 'judge:even'"),
         ({"method": "rephrase"}, "method was 'self-output', is now 'rephrase'"),
     ):
         with pytest.raises(ValueError, match=f"(?s){message}.*start anew with --again"):
@@ -564,17 +699,18 @@ class Completions(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((asked, self.headers["Authorization"]))
-        fine = self.server.left > 0
+        refused = asked["messages"][-1]["content"] in self.server.too_long
+        fine = self.server.left > 0 and not refused
         self.server.left -= 1
         message = {"role": "assistant", "content": self.server.text or f"reply {len(self.server.asked)}"}
-        body = {"error": {"message": "no memory"}}
+        body = {"error": {"message": "too long" if refused else "no memory"}}
         if fine:
             usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
             choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
             body = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "usage": usage}
             body["choices"] = choices
         content = json.dumps(body).encode()
-        self.send_response(200 if fine else 500)
+        self.send_response(200 if fine else 400 if refused else 500)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -587,7 +723,7 @@ class Completions(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
-    server.asked, server.left, server.text = [], 10, None
+    server.asked, server.left, server.text, server.too_long = [], 10, None, ()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -663,6 +799,94 @@ def test_prompts_that_are_too_long_do_not_end_the_run(place):
     assert [row["stm_source"] == "ground-truth" for row in rows_of("out.jsonl")] == [False, True, True] + [False] * 3
 
 
+def test_requests_that_are_refused_do_not_end_the_run(place):
+    """Not even where a start has nothing else to ask for."""
+    refused = {(row, sample): ("400: too long", REFUSED) for row in (1, 3, 4) for sample in range(10)}
+    for asked in (60, 30, 30):
+        engine = Scripted(refused)
+        receipt = generate_data(settings(samples=10), engine=engine)
+        assert len(engine.asked) == asked
+        assert receipt["samples"]["without_an_answer"] == {"400: too long": 30}
+        assert len(rows_of("out.jsonl")) == 6
+
+
+def test_refused_requests_do_not_hide_that_the_server_is_gone(place):
+    answers = {(row, sample): ("too long", REFUSED) for row in (0, 1) for sample in range(10)}
+    answers |= {(row, sample): ("gone", ERROR) for row in range(2, 6) for sample in range(10)}
+    with pytest.raises(EngineError, match="21 requests in a row got no answer, the last because: gone"):
+        generate_data(settings(samples=10), engine=Scripted(answers))
+
+
+def test_a_server_that_refuses_some_rows(server, place, capsys):
+    pytest.importorskip("openai", reason="openai is not installed")
+    server.left = 1000
+    server.too_long = [rows_of("chats.jsonl")[index]["messages"][-2]["content"] for index in (0, 2, 3)]
+    arguments = [*ARGUMENTS[:9], "--samples", "10", "--max-new-tokens", "16", "--verifier", "judge:anything"]
+    arguments += ["--endpoint", f"http://127.0.0.1:{server.server_port}/v1"]
+    for asked in (60, 90):
+        assert stm(arguments) == 1
+        assert "stm: 30 requests got no answer: 400: too long" in capsys.readouterr().err
+        assert len(server.asked) == asked
+        sources = [row["stm_source"] for row in rows_of("out.jsonl")]
+        assert [source == "ground-truth" for source in sources] == [True, False, True, True, False, False]
+
+
+KEY = "sk-" + "a1B2" * 8
+
+
+def test_openais_key_is_for_openai_alone(monkeypatch):
+    from stm_plugin.generation.access import find_key
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("MINE", "mine")
+    monkeypatch.setenv("BLANK", " ")
+    for url in ("https://api.openai.com/v1", "https://eu.API.openai.com:443/v1", "https://openai.com"):
+        assert find_key(url, None) == KEY
+    for url in (
+        *("http://localhost:8000/v1", "https://api.openai.com.example.org/v1", "https://notopenai.com/v1"),
+        *("https://example.org/openai.com", "https://example.org?openai.com"),
+    ):
+        assert find_key(url, None) is None
+        assert find_key(url, "OPENAI_API_KEY") == KEY
+        assert find_key(url, "MINE") == "mine"
+    for name in ("NONE_SUCH", "BLANK"):
+        with pytest.raises(ValueError, match=f"--api-key-env {name}: this environment variable is not set, or empty"):
+            find_key("https://api.openai.com/v1", name)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert find_key("https://api.openai.com/v1", None) is None
+
+
+def test_the_key_goes_where_it_is_wanted_and_nowhere_else(server, place, capsys, monkeypatch):
+    pytest.importorskip("openai", reason="openai is not installed")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    arguments = [*ARGUMENTS[:9], "--samples", "1", "--max-new-tokens", "16", "--verifier", "judge:anything"]
+    arguments += ["--endpoint", f"http://127.0.0.1:{server.server_port}/v1"]
+    server.left = 1000
+    assert stm([*arguments, "--api-key-env", "NONE_SUCH"]) == 1
+    assert "--api-key-env NONE_SUCH: this environment variable is not set" in capsys.readouterr().err
+    assert server.asked == []
+    assert "perplexity" not in Path("out.samples.jsonl").read_text()  # told before anything is scored
+    assert stm(arguments) == 0
+    assert not any(KEY in authorization for _, authorization in server.asked)
+    server.asked.clear()
+    assert stm([*arguments, "--again", "--api-key-env", "OPENAI_API_KEY"]) == 0
+    assert {authorization for _, authorization in server.asked} == {f"Bearer {KEY}"}
+    assert KEY not in "".join(path.read_text() for path in Path().glob("out*"))
+
+
+def test_a_url_with_a_password_is_refused_without_repeating_it():
+    for url in (
+        *("http://me:pa55@host:1/v1", "https://pa55@host/v1", "me:pa55@host/v1", "http://me:pa55@[::1/v1"),
+        "http://me:pa55/@host/v1",
+    ):
+        with pytest.raises(ValueError, match="URL") as caught:
+            settings(endpoint=Endpoint(url))
+        assert "pa55" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"must not have a name or a password.*--api-key-env"):
+        settings(endpoint=Endpoint("http://me:pa55@host:1/v1"))
+    settings(endpoint=Endpoint("http://host/@cf/v1"))
+
+
 def test_failures_with_answers_between_them_do_not_end_the_run(place):
     every_other = {(row, sample): ("busy", ERROR) for row in range(6) for sample in range(0, 10, 2)}
     receipt = generate_data(settings(samples=10), engine=Scripted(every_other))
@@ -687,6 +911,8 @@ def test_what_an_engine_leaves_out_is_told(place):
 
 # Data.
 
+CHAT = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+
 
 def test_data_in_parquet_and_in_a_saved_folder(place):
     rows = rows_of("chats.jsonl")
@@ -704,31 +930,33 @@ def test_data_in_parquet_and_in_a_saved_folder(place):
     [
         ([{"question": "x"}], "x, row 0: needs `messages`, or `prompt` and `completion`"),
         ([{"messages": [{"role": "user", "content": "x"}]}], "row 0: `messages` must be a request and end with"),
-        ([{"prompt": "x", "completion": "y"}, {"messages": []}], "row 1: `messages` must"),
+        ([CHAT, {"messages": []}], "row 1: `messages` must"),
+        ([{"prompt": "x", "completion": "y"}], "x, row 0: `prompt` and `completion` are plain text.*Give `messages`"),
+        ([CHAT, CHAT | {"tools": [{"type": "function"}]}], "x, row 1: the column 'tools' is not supported yet"),
+        ([CHAT | {"chat_template_kwargs": {"enable_thinking": False}}], "row 0: the column 'chat_template_kwargs'"),
         ([{"prompt": [], "completion": [{"role": "assistant", "content": "y"}]}], "row 0: a request and an answer"),
         (
             [{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "tool", "content": "y"}]}],
             "row 0: the last message must be the assistant's",
         ),
         (
-            [
-                {"prompt": "x", "completion": "y"},
-                {"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}]},
-            ],
+            [CHAT, {"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}]}],
             "row 1: the last message must be the assistant's, with text",
         ),
         (
-            [
-                {"prompt": "x", "completion": "y"},
-                {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
-            ],
-            "x: all rows must have one form; row 0 has prompt and completion of text, row 1 has messages",
+            [{"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}, CHAT],
+            "x: all rows must have one form; row 0 has prompt and completion, row 1 has messages",
         ),
     ],
 )
 def test_data_of_another_form_is_named(rows, message):
     with pytest.raises(ValueError, match=message):
         problems_of(rows, "x")
+
+
+def test_columns_that_say_nothing_are_no_fault():
+    assert problems_of([CHAT | {"tools": None, "chat_template_kwargs": None}], "x")[0].answer == "y"
+    assert problems_of([CHAT | {"tools": [], "chat_template_kwargs": {}}], "x")[0].answer == "y"
 
 
 def test_data_that_is_not_there(place):
@@ -743,14 +971,27 @@ def test_data_that_is_not_there(place):
 
 
 def test_the_row_itself_stays_as_it_is():
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "name": "n"}], "x": 1}
+    question = {"role": "user", "content": "q", "name": "n"}
+    human = {"role": "assistant", "content": "a", "reasoning_content": "r", "thinking": "t", "tool_calls": [1]}
+    row = {"messages": [question, human], "x": 1}
     before = json.dumps(row)
     assert with_answer(row, "b", "self-output") == {
-        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b", "name": "n"}],
+        "messages": [question, {"role": "assistant", "content": "b"}],
         "x": 1,
         "stm_source": "self-output",
     }
     assert json.dumps(row) == before
+
+
+def test_human_reasoning_goes_with_the_human_answer_only(place):
+    rows = rows_of("chats.jsonl")
+    for row in rows:
+        row["messages"][-1]["reasoning_content"] = "as people think"
+    write_rows(rows, Path("chats.jsonl"))
+    generate_data(settings(samples=1, verifier="judge:good"), engine=Scripted({(2, 0): "a good one"}))
+    written = rows_of("out.jsonl")
+    assert written[2]["messages"][-1] == {"role": "assistant", "content": "a good one"}
+    assert [row["messages"] for row in written[:2] + written[3:]] == [row["messages"] for row in rows[:2] + rows[3:]]
 
 
 def test_rows_without_a_verifiers_form_are_refused_before_anything_is_generated(place):

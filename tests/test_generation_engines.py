@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,7 +121,9 @@ def test_draws_follow_temperature_and_top_p_and_nothing_else(model, tokenizer):
     assert len(set(texts.values())) > 5
 
     model.generation_config.update(top_k=2, min_p=0.5, typical_p=0.2, repetition_penalty=5.0, temperature=0.1)
+    model.generation_config.update(epsilon_cutoff=0.1, eta_cutoff=0.1, suppress_tokens=order[:3].tolist())
     model.generation_config.do_sample = True
+    own_config = model.generation_config
     sampling = Sampling(temperature=0.8, top_p=0.6, max_new_tokens=1, seed=3)
     number = 4000
     requests = [request._replace(sample=sample) for sample in range(number)]
@@ -134,6 +137,7 @@ def test_draws_follow_temperature_and_top_p_and_nothing_else(model, tokenizer):
         (counts[text] - number * share) / (number * share * (1 - share)) ** 0.5 for text, share in mass.items()
     ]
     assert max(map(abs, deviations)) < 4.5, deviations
+    assert model.generation_config is own_config
 
 
 def test_draws_depend_on_the_seed_and_the_batch_alone(model, tokenizer):
@@ -215,7 +219,8 @@ def test_an_answer_without_memory_is_an_error_and_the_others_are_not(model, toke
     requests = requests_for([*QUESTIONS, "Long. " * 60])
     answers = by_request(TransformersEngine(model, tokenizer, Sampling(max_new_tokens=2), 4).generate(requests))
     assert [answers[row, 0].finish == ERROR for row in range(6)] == [False] * 5 + [True]
-    assert answers[5, 0] == Generated(5, 0, "", 0, ERROR, "the GPU has no memory for it. Lower max_new_tokens.")
+    words = "the GPU has no memory for it. Lower max_new_tokens."
+    assert answers[5, 0] == Generated(5, 0, "", 0, ERROR, words, is_refused=True)
 
 
 def test_what_cannot_be_answered_is_an_error_of_its_own(make_model, tokenizer, monkeypatch):
@@ -232,7 +237,8 @@ def test_what_cannot_be_answered_is_an_error_of_its_own(make_model, tokenizer, m
     assert answers[1, 0].error == (
         f"a prompt of {length} tokens and max_new_tokens=40 are more than the model's 100 positions"
     )
-    assert answers[7, 3] == Generated(7, 3, "", 0, ERROR, "the chat template refuses the chat: No system role.")
+    assert answers[7, 3] == Generated(7, 3, "", 0, ERROR, "the chat template refuses the chat: No system role.", True)
+    assert answers[1, 0].is_refused
 
 
 def test_no_requests_no_answers(model, tokenizer):
@@ -482,6 +488,7 @@ def test_garbage_is_an_error_with_its_reason(serve, body, words, content_type):
     assert words in answer.error
     assert "\n" not in answer.error
     assert len(answer.error) < 400
+    assert answer.is_refused
 
 
 @pytest.mark.parametrize(
@@ -492,6 +499,10 @@ def test_garbage_is_an_error_with_its_reason(serve, body, words, content_type):
         (completion("cut", "length", {"completion_tokens": 9}), ("cut", 9, LENGTH)),
         (completion(None, "length", {"completion_tokens": 9}, reasoning_content="Hm."), ("", 9, LENGTH)),
         (completion("a\ud800b"), ("a?b", 3, STOP)),
+        # as many tokens as are allowed
+        (completion("all but one", "stop", {"completion_tokens": 19}), ("all but one", 19, STOP)),
+        (completion("all", "stop", {"completion_tokens": 20}), ("all", 20, LENGTH)),
+        (completion("more", "stop", {"completion_tokens": 21}), ("more", 21, LENGTH)),
         # no count: an estimate
         (completion("cut", "length", None), ("cut", 20, LENGTH)),
         (without(completion("äöüä"), "usage"), ("äöüä", 3, STOP)),
@@ -623,6 +634,99 @@ def test_servers_that_want_other_names(serve, caplog):
     ]
     assert len(server.asked) <= len(QUESTIONS) + 4  # what the server wants is learnt once
     assert "The server takes no seed" in caplog.text
+
+
+@pytest.mark.parametrize(("status", "is_refused"), [(400, True), (413, True), (422, True), (418, True), (408, False)])
+def test_whose_fault_an_error_is(serve, status, is_refused):
+    server = serve(lambda handler, number: respond(handler, {"error": {"message": "no"}}, status))
+    (answer,) = ask(server, max_retries=0)
+    assert answer == Generated(4, 2, "", 0, ERROR, f"{status}: no", is_refused)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_stays_overloaded_is_asked_until_it_has_time(serve, status, monkeypatch):
+    monkeypatch.setattr(endpoint, "_SHORTEST_PAUSE", 0.01)
+
+    def behave(handler, number):
+        if number < 7:
+            respond(handler, {"error": {"message": "busy"}}, status, x_should_retry="false")
+        elif number == 7:
+            respond(handler, "", 500, retry_after_ms="1")  # which the client takes care of as before
+        else:
+            respond(handler, completion())
+
+    server = serve(behave)
+    assert ask(server, max_retries=1) == [Generated(4, 2, "Fine.", 3, STOP)]
+    assert len(server.asked) == 9
+    assert ask(server, max_retries=0)[0].finish == STOP
+    server = serve(behave)
+    assert ask(server, max_retries=0) == [Generated(4, 2, "", 0, ERROR, f"{status}: busy")]
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_is_overloaded_for_ever_is_given_up(serve, monkeypatch):
+    monkeypatch.setattr(endpoint, "_SHORTEST_PAUSE", 0.05)
+    monkeypatch.setattr(endpoint, "_SECONDS_BETWEEN_TRIES", 0)
+    server = serve(lambda handler, _: respond(handler, {"detail": "busy"}, 429, x_should_retry="false"))
+    assert ask(server, timeout=0.5, max_retries=1) == [Generated(4, 2, "", 0, ERROR, "429: busy")]
+    assert 2 <= len(server.asked) < 8  # pauses of 0.04, 0.08, 0.15, 0.3 seconds at least, of 1 second in all
+
+
+def test_pauses_grow_up_to_a_minute():
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+
+    def pauses(status=429, body=None, headers=None):
+        response = SimpleNamespace(status_code=status, headers=headers or {}, request=None)
+        error = openai.APIStatusError("busy", response=response, body=body)
+        return [endpoint._pause(error, number) for number in range(9)]
+
+    plain = pauses()
+    for number, pause in enumerate(plain):
+        assert 0.75 * min(2 * 2**number, 60) <= pause <= min(2 * 2**number, 60)
+    assert min(pauses(503, headers={"retry-after": "30"})) == 30
+    assert set(pauses(headers={"retry-after": "300"})) == {60}
+    assert pauses(headers={"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"})[0] <= 2
+    assert set(pauses(500)) == {None}
+    assert set(pauses(body={"code": "insufficient_quota"})) == {None}
+
+
+def test_no_money_is_not_waited_for(serve):
+    body = {"error": {"message": "You exceeded your current quota.", "code": "insufficient_quota"}}
+    server = serve(lambda handler, _: respond(handler, body, 429, retry_after_ms="1"))
+    with pytest.raises(EngineError, match="refuses to answer as 'some/model': 429: You exceeded"):
+        ask(server, max_retries=1)
+
+
+KEY = "sk-" + "a1B2" * 8
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_a_key_that_the_server_repeats_is_told_to_nobody(serve, status, caplog):
+    padding = "x" * (200 if status == 200 else 260)  # so that the reason would be cut in the middle of the key
+    words = f"no seed for {padding} {KEY}"
+    server = serve(lambda handler, _: respond(handler, {"error": {"message": words}}, status))
+    try:
+        answers = ask(server, api_key=f" {KEY}\r\n", max_retries=0)
+        told = answers[0].error
+    except EngineError as error:
+        told = str(error)
+    assert "[API key]" in told
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert not any(KEY[:length] in told + caplog.text for length in (8, len(KEY)))
+
+
+@pytest.mark.parametrize("between", ["\r", "\n", " ", "\x00", "\x7f", "ü", "\u2028"])
+def test_a_key_that_no_header_holds_is_refused_without_repeating_it(between):
+    with pytest.raises(EngineError, match="the API key has blanks, line breaks or other characters") as caught:
+        EndpointEngine("http://localhost/v1", "model", Sampling(), api_key=f"sk-aaaa{between}bbbb")
+    assert "aaaa" not in str(caught.value)
+    assert "bbbb" not in str(caught.value)
+
+
+def test_an_address_with_a_password_is_refused():
+    with pytest.raises(EngineError, match="must not have a name or a password") as caught:
+        EndpointEngine("http://me:pa55@localhost/v1", "model", Sampling())
+    assert "pa55" not in str(caught.value)
 
 
 @pytest.mark.parametrize("words", ["max_tokens is too large", "top_p is not supported", "seedless"])

@@ -1,5 +1,6 @@
 """Verifiers: verdicts on answers written by hand and on the human answers of data sets, and what is refused."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -381,6 +382,23 @@ def test_what_an_own_function_does_amiss_is_a_verdict(own):
     assert verdict("my_own_checks:talks") == "error: returned str, not True or False"
     assert verdict("my_own_checks:silent") == "error: returned NoneType, not True or False"
     assert verdict("my_own_checks:Checks.short") == "error: KeyError: 'limit'"
+
+
+def test_the_source_of_an_own_function_shows_that_it_has_changed(own, tmp_path):
+    def source(name, row=asked()):  # noqa: B008
+        return make_verifier(name, [row]).source
+
+    (tmp_path / "my_names.py").write_text("from my_own_checks import yes\nfrom operator import eq\n")
+    before, elsewhere = source("my_own_checks:yes"), source("my_names:yes")
+    assert before == hashlib.sha256((tmp_path / "my_own_checks.py").read_bytes()).hexdigest()
+    assert source("my_names:eq") != elsewhere != before
+    with (tmp_path / "my_own_checks.py").open("a") as file:
+        file.write("NUMBER = 4\n")
+    assert source("my_own_checks:yes") != before
+    assert source("my_names:yes") != elsewhere
+    assert source("math:gcd") is None  # built in
+    assert source(None, NUMBER) is None
+    sys.modules.pop("my_names")
 
 
 @pytest.mark.filterwarnings("ignore:coroutine 'late' was never awaited")

@@ -258,12 +258,42 @@ def test_a_chat_needs_a_chat_template() -> None:
         greedy_answers(tiny_llama(0), WordTokenizer(), [[{"role": "user", "content": "a"}]], max_new_tokens=1)
 
 
-def test_greedy_answers_know_no_penalty() -> None:
+@pytest.mark.parametrize("is_adapter", [False, True])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("repetition_penalty", 50.0),
+        ("no_repeat_ngram_size", 1),
+        ("suppress_tokens", "first"),
+        ("begin_suppress_tokens", "first"),
+        ("bad_words_ids", "second"),
+        ("forced_eos_token_id", 5),
+        ("min_new_tokens", 12),
+        ("max_time", 1e-9),
+        ("stop_strings", ["a"]),
+        ("num_beams", 3),
+        ("do_sample", True),
+        ("exponential_decay_length_penalty", (1, 9.0)),
+        ("num_return_sequences", 2),
+    ],
+)
+def test_greedy_answers_know_no_option_of_the_model(option: str, value: object, is_adapter: bool) -> None:
+    """But for what ends an answer: one does so early, the other at the limit."""
     model = tiny_llama(3)
-    plain = greedy_answers(model, WordTokenizer(), ["a bb ccc"], max_new_tokens=12)
-    model.generation_config.repetition_penalty = 50.0
-    model.generation_config.no_repeat_ngram_size = 1
-    assert greedy_answers(model, WordTokenizer(), ["a bb ccc"], max_new_tokens=12) == plain
+    prompts = ["a bb ccc", "jj"]
+    if is_adapter:
+        model = trained_adapter(model)
+    ids = greedy_answers(model, WordTokenizer(), prompts, max_new_tokens=12)[0].input_ids[-12:]
+    model.generation_config.eos_token_id = next(token for token in ids[3:] if token not in ids[:3])
+    plain = greedy_answers(model, WordTokenizer(), prompts, max_new_tokens=12)
+    lengths = [len(row.input_ids) - row.num_prompt_tokens for row in plain]
+    assert 3 < lengths[0] < lengths[1] == 12
+    value = {"first": ids[:1], "second": [[ids[1]]]}.get(value, value) if isinstance(value, str) else value
+    setattr(model.generation_config, option, value)
+    config = model.generation_config
+    assert greedy_answers(model, WordTokenizer(), prompts, max_new_tokens=12) == plain
+    assert model.generation_config is config
+    assert getattr(config, option) == value
 
 
 def test_drift_refuses_another_vocabulary() -> None:

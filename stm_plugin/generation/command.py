@@ -18,9 +18,12 @@ two ways:
       the model is shown the human answer and writes it in its own words
   --endpoint http://localhost:8000/v1 lets a server (vLLM, SGLang, TGI, ...) generate; --model still scores, here
 
+DATA has a chat a row, in `messages`, or in `prompt` and `completion` as lists of messages (no plain text, which the
+model would not be asked as it is trained on).
+
 OUTPUT.jsonl has the rows of the data with the model's answers, for `stm sft`, TRL and Axolotl; OUTPUT.samples.jsonl
 every sample with its verdict and perplexity; OUTPUT.receipt.json what came out. Stopped by whatever, the same command
-goes on where it was.
+goes on where it was; with another --verifier, what is there is judged anew, and more --samples or --rows are added.
 
 verifiers, taken by the form of the rows where --verifier names none: tests (test_list), math (solution with
 \\boxed{}), number (answer with #### NUMBER), choice (choices, answerKey); by name only: exact, and a function of your
@@ -88,7 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--max-retries", type=int, metavar="N", help=f"of a request that failed ({endpoint.max_retries})"
     )
-    server.add_argument("--api-key-env", metavar="NAME", help=f"variable that has the key ({endpoint.api_key_env})")
+    server.add_argument(
+        "--api-key-env",
+        metavar="NAME",
+        help="variable that has the key (OPENAI_API_KEY, which is sent to hosts of openai.com only)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:

@@ -15,13 +15,15 @@ GROUND_TRUTH = "ground-truth"
 
 _SAVED = ("state.json", "dataset_dict.json")
 _SPLIT = "train"
+_NOT_SUPPORTED = ("tools", "chat_template_kwargs")
+"""Columns from which TRL takes a part in how a chat is written."""
 
 
 class Problem(NamedTuple):
     """A row of the data.
 
     Attributes:
-        messages: What is answered. A prompt of plain text is a user's message.
+        messages: What is answered.
         answer: The human answer.
     """
 
@@ -81,11 +83,13 @@ def problems_of(rows: Sequence[Row], name: str) -> list[Problem]:
     """What the rows ask, and the answers that they have.
 
     Args:
-        rows: Each has `messages`, or `prompt` and `completion` (see `inputs.as_chat`), all of one form.
+        rows: Each has `messages`, or `prompt` and `completion` that are lists of messages (see `inputs.as_chat`), all
+            of one form.
         name: Says in errors which data set it is.
 
     Raises:
-        ValueError: For a row of another form, or one whose answer is not text.
+        ValueError: For a row of another form, one whose answer is not text, or one with `tools` or
+            `chat_template_kwargs`, by which it would be trained on as another text than it is asked and scored as.
     """
     problems = [_problem(row, f"{name}, row {index}") for index, row in enumerate(rows)]
     forms = [_form(row) for row in rows]
@@ -96,16 +100,23 @@ def problems_of(rows: Sequence[Row], name: str) -> list[Problem]:
 
 
 def _form(row: Row) -> str:
-    if "messages" in row:
-        return "messages"
-    return "prompt and completion of text" if isinstance(row["prompt"], str) else "prompt and completion of messages"
+    return "messages" if "messages" in row else "prompt and completion"
 
 
 def _problem(row: Row, where: str) -> Problem:
+    for column in _NOT_SUPPORTED:
+        if row.get(column):
+            raise ValueError(
+                f"{where}: the column {column!r} is not supported yet: the model would be asked and scored without "
+                "it, and trained with it. Remove the column."
+            )
     chat = as_chat(row, where)
     prompt, completion = chat["prompt"], chat["completion"]
     if isinstance(prompt, str):
-        prompt, completion = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
+        raise ValueError(
+            f"{where}: `prompt` and `completion` are plain text, which is trained on as it is, but answers are asked "
+            "for through the model's chat template. Give `messages`, or both as lists of messages."
+        )
     messages = [*prompt, *completion]
     if not all(isinstance(message, dict) for message in messages) or len(messages) < 2 or not completion:
         raise ValueError(f"{where}: a request and an answer are needed, each a message with `role` and `content`.")
@@ -119,14 +130,14 @@ def with_answer(row: Row, answer: str, source: str) -> Row:
     """A row with another answer.
 
     Args:
-        row: A row; it is left as it is.
-        answer: Takes the place of the last message's text.
+        row: A row of messages; it is left as it is.
+        answer: Takes the place of the last message, of which the role stays, but nothing else that is said there:
+            people's reasoning and tool calls are not the model's.
         source: What the column `SOURCE` says.
     """
     name = "messages" if "messages" in row else "completion"
-    chat = row[name]
-    changed = answer if isinstance(chat, str) else [*chat[:-1], chat[-1] | {"content": answer}]
-    return row | {name: changed, SOURCE: source}
+    *before, last = row[name]
+    return row | {name: [*before, {"role": last["role"], "content": answer}], SOURCE: source}
 
 
 def rows_digest(rows: Sequence[Row], name: str) -> str:

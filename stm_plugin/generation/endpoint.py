@@ -9,11 +9,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import islice
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from .._compat import missing_extra
+from .access import check_url, clean_key
 from .engines import ERROR, LENGTH, STOP, EngineError, Generated, Request, Sampling
+
+if TYPE_CHECKING:
+    from openai import APIError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,15 @@ _NO_KEY = "EMPTY"
 """Sent as the key where there is none; the client would take that of OpenAI from the environment."""
 _REFUSALS = {401, 402, 403, 404}
 """Status codes that every request would get: no key, no money, not allowed, no such model or address."""
+_OVERLOADED = {429, 503}
+"""Status codes of a server that has too much to do, and may answer later."""
+_PASSING = {408, 409, 425, 429}
+"""Status codes below 500 that are no fault of the request."""
+_NO_MONEY = "insufficient_quota"
+"""OpenAI's code for a 429 that waiting does not mend."""
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0
+"""Seconds between tries on a server that stays overloaded."""
+_HIDDEN_KEY = "[API key]"
 _NOT_THERE = {"ConnectError", "ConnectTimeout"}
 """Errors of httpx, by name as openai has it from two packages: there is nothing at the address."""
 
@@ -35,9 +47,15 @@ class EndpointEngine:
     """Answers from a server, several at a time, each by a request of its own.
 
     OpenAI's client asks again, after growing pauses, where a server is overloaded (429) or fails (5xx), a connection
-    breaks or an answer takes too long. What a server draws by beside temperature and top-p (top-k, penalties) is its
-    own affair, and so is whether it heeds a request's `seed`, which depends on the seed, the row and the sample only.
-    To servers that refuse `max_tokens` or `seed`, `max_completion_tokens` and no seed are sent.
+    breaks or an answer takes too long. One that stays overloaded (429, 503) is asked again, at least once a minute,
+    until the time that all these tries may take is over. With `max_retries=0`, all is asked once.
+
+    What a server draws by beside temperature and top-p (top-k, penalties) is its own affair, and so is whether it
+    heeds a request's `seed`, which depends on the seed, the row and the sample only. To servers that refuse
+    `max_tokens` or `seed`, `max_completion_tokens` and no seed are sent.
+
+    An answer of as many tokens as are allowed counts as cut, even where the server says that the model ended it: some
+    count what ends a turn, others do not, and one that was cut must not pass for a whole one.
 
     Where a server does not say how many tokens an answer has, they are estimated: `max_new_tokens` for an answer that
     was cut, otherwise one for every four bytes of UTF-8 and one that ends the turn.
@@ -46,13 +64,13 @@ class EndpointEngine:
         base_url: Address of the API, such as `http://localhost:8000/v1`.
         model: Name of the model there.
         sampling: How answers are drawn.
-        api_key: Key for the server; None where it wants none (the environment's is not sent).
+        api_key: Key for the server; None where it wants none (the environment's is not sent). It is in no error.
         concurrency: Requests in flight at once, at least 1.
         timeout: Seconds without a sign from the server after which a request is given up and made again.
         max_retries: How many times a request is made again, at least 0.
 
     Raises:
-        EngineError: For a value out of its range.
+        EngineError: For a value out of its range, a URL with a password in it, or a key that no header can hold.
         MissingExtraError: If openai is not installed.
     """
 
@@ -67,8 +85,7 @@ class EndpointEngine:
         timeout: float = 600.0,
         max_retries: int = 5,
     ):
-        if not _is_url(base_url):
-            raise EngineError(f"an endpoint is a URL such as http://localhost:8000/v1, got {base_url!r}.")
+        check_url(base_url)
         if concurrency < 1 or timeout <= 0 or max_retries < 0:
             raise EngineError(
                 "an endpoint needs concurrency of at least 1, timeout above 0 and max_retries of at least 0, got "
@@ -80,11 +97,11 @@ class EndpointEngine:
             raise missing_extra("openai", "generate") from None
 
         self._base_url, self._model, self._sampling = base_url, model, sampling
-        self._concurrency = concurrency
+        self._concurrency, self._key = concurrency, clean_key(api_key)
         self._deadline = timeout + max_retries * (timeout + _SECONDS_BETWEEN_TRIES)
         self._client = AsyncOpenAI(
             base_url=base_url,
-            api_key=api_key or _NO_KEY,
+            api_key=self._key or _NO_KEY,
             timeout=Timeout(timeout, connect=min(timeout, _SECONDS_TO_CONNECT)),
             max_retries=max_retries,
         )
@@ -141,19 +158,19 @@ class EndpointEngine:
 
         try:
             async with self._slots, asyncio.timeout(self._deadline):
-                text = await self._ask(request)
+                text = await self._ask(request, self._loop.time() + self._deadline)
         except TimeoutError:
             return self._error(request, f"no whole answer within {self._deadline:.0f} seconds")
         except APIStatusError as error:
-            reason = f"{error.status_code}: {_words(error.body)}"
-            if error.status_code in _REFUSALS:
+            reason = f"{error.status_code}: {self._words(error.body)}"
+            if error.status_code in _REFUSALS or error.code == _NO_MONEY:
                 raise EngineError(
                     f"{self._base_url} refuses to answer as {self._model!r}: {reason}. Check the URL (most end in "
-                    "/v1), the model's name there, and the key."
+                    "/v1), the model's name there, and the key (--api-key-env)."
                 ) from None
-            return self._error(request, reason)
+            return self._error(request, reason, error.status_code < 500 and error.status_code not in _PASSING)
         except APIConnectionError as error:
-            reason = f"{error.message} {error.__cause__ or ''}".strip()
+            reason = self._one_line(f"{error.message} {error.__cause__ or ''}")
             if type(error.__cause__).__name__ in _NOT_THERE and not self._was_answered:
                 raise EngineError(
                     f"nothing answers at {self._base_url}: {reason}. Start the server, or check the URL."
@@ -162,10 +179,19 @@ class EndpointEngine:
         self._was_answered = True
         return self._read(request, text)
 
-    async def _ask(self, request: Request) -> str:
-        """The body of the server's response, which may be anything."""
-        from openai import BadRequestError, UnprocessableEntityError
+    async def _ask(self, request: Request, until: float) -> str:
+        """The body of the server's response, which may be anything.
 
+        Args:
+            request: What to ask.
+            until: Time of the loop at which the request is given up.
+
+        Raises:
+            APIError: What the client raises.
+        """
+        from openai import APIError, BadRequestError, UnprocessableEntityError
+
+        client, pauses = self._client, 0
         name = f"{self._sampling.seed} {request.row} {request.sample}"
         seed = random.Random(name).getrandbits(_SEED_BITS)
         while True:
@@ -174,7 +200,7 @@ class EndpointEngine:
             if sends_seed:
                 options["seed"] = seed
             try:
-                response = await self._client.chat.completions.with_raw_response.create(
+                response = await client.chat.completions.with_raw_response.create(
                     model=self._model,
                     messages=request.messages,
                     temperature=self._sampling.temperature,
@@ -182,12 +208,21 @@ class EndpointEngine:
                     **options,
                 )
             except (BadRequestError, UnprocessableEntityError) as error:
-                words = _words(error.body)
+                words = self._words(error.body)
                 if limit_name == "max_tokens" and "max_completion_tokens" in words:
                     self._limit_name = "max_completion_tokens"
                 elif sends_seed and re.search(r"\bseed\b", words):
                     self._sends_seed = False
                     logger.warning("The server takes no seed, so that its answers cannot be had again: %s", words)
+                else:
+                    raise
+            except APIError as error:
+                pause = _pause(error, pauses)
+                if pause is not None and self._client.max_retries > 0 and self._loop.time() + pause < until:
+                    await asyncio.sleep(pause)
+                    client, pauses = self._client.with_options(max_retries=0), pauses + 1
+                elif pause is None and client is not self._client:
+                    client = self._client  # of other failures, the client takes care itself
                 else:
                     raise
             else:
@@ -200,44 +235,57 @@ class EndpointEngine:
             choice, usage = completion["choices"][0], completion.get("usage")
             content, reason = choice["message"].get("content"), choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError):
-            return self._error(request, f"the response is no chat completion: {_one_line(body) or 'it is empty'}")
+            return self._error(request, f"the response is no chat completion: {body.strip() or 'it is empty'}", True)
         if reason not in (STOP, LENGTH):
-            return self._error(request, f"the answer ended with finish_reason {reason!r}, not 'stop' or 'length'")
+            words = f"the answer ended with finish_reason {reason!r}, not 'stop' or 'length'"
+            return self._error(request, words, True)
         if content is None and reason == LENGTH:
             content = ""  # the limit came while the model was still thinking
         if not isinstance(content, str):
-            return self._error(request, f"the response has no text: {_one_line(json.dumps(choice['message']))}")
+            return self._error(request, f"the response has no text: {json.dumps(choice['message'])}", True)
         text = content.encode(errors="replace").decode()  # JSON can have halves of characters, files cannot
-        return Generated(request.row, request.sample, text, self._num_tokens(usage, text, reason), reason)
-
-    def _num_tokens(self, usage: object, text: str, finish: str) -> int:
-        """How many tokens an answer has, by the server's count or else by an estimate."""
         count = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
-        if isinstance(count, int) and count >= 0:
-            return count
+        if not isinstance(count, int) or count < 0:
+            count = self._estimate(text, reason)
+        elif count >= self._sampling.max_new_tokens:
+            reason = LENGTH
+        return Generated(request.row, request.sample, text, count, reason)
+
+    def _estimate(self, text: str, finish: str) -> int:
+        """About how many tokens an answer has."""
         if finish == LENGTH:
             return self._sampling.max_new_tokens
         return min(-(-len(text.encode()) // _BYTES_PER_TOKEN) + 1, self._sampling.max_new_tokens)
 
-    def _error(self, request: Request, reason: str) -> Generated:
-        return Generated(request.row, request.sample, "", 0, ERROR, _one_line(reason))
+    def _error(self, request: Request, reason: str, is_refused: bool = False) -> Generated:
+        return Generated(request.row, request.sample, "", 0, ERROR, self._one_line(reason), is_refused)
+
+    def _words(self, body: object) -> str:
+        """What a server says about an error."""
+        if isinstance(body, Mapping):
+            body = next((body[name] for name in ("message", "detail", "error") if body.get(name)), body)
+        return self._one_line(body if isinstance(body, str) else json.dumps(body)) or "no reason given"
+
+    def _one_line(self, text: str) -> str:
+        """Text for a reason: one line, not too long, and without the key, which a server may repeat."""
+        line = " ".join(text.replace(self._key, _HIDDEN_KEY).split() if self._key else text.split())
+        return line if len(line) <= _LONGEST_REASON else line[:_LONGEST_REASON] + " ..."
 
 
-def _is_url(text: str) -> bool:
+def _pause(error: "APIError", pauses: int) -> float | None:
+    """Seconds to wait before an overloaded server is asked again; None for an error of another kind.
+
+    Args:
+        error: What came of the last try.
+        pauses: How many times this request has waited.
+    """
+    from openai import APIStatusError
+
+    if not isinstance(error, APIStatusError) or error.status_code not in _OVERLOADED or error.code == _NO_MONEY:
+        return None
     try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-
-
-def _words(body: object) -> str:
-    """What a server says about an error."""
-    if isinstance(body, Mapping):
-        body = next((body[name] for name in ("message", "detail", "error") if body.get(name)), body)
-    return _one_line(body if isinstance(body, str) else json.dumps(body)) or "no reason given"
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST_REASON else line[:_LONGEST_REASON] + " ..."
+        asked = float(error.response.headers.get("retry-after", "0"))
+    except ValueError:  # a date
+        asked = 0.0
+    pause = _SHORTEST_PAUSE * 2.0 ** min(pauses, 10) * random.SystemRandom().uniform(0.75, 1)  # not all at once
+    return min(max(pause, asked), _LONGEST_PAUSE)

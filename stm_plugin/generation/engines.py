@@ -56,6 +56,7 @@ class Generated(NamedTuple):
         num_tokens: New tokens, that which ends the turn included.
         finish: `STOP`, `LENGTH` or `ERROR`.
         error: What went wrong; None where nothing did.
+        is_refused: Whether the error is the request's own (too long, refused), and not the engine's or server's.
     """
 
     row: int
@@ -64,6 +65,7 @@ class Generated(NamedTuple):
     num_tokens: int
     finish: str
     error: str | None = None
+    is_refused: bool = False
 
 
 class Engine(Protocol):

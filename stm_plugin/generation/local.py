@@ -21,7 +21,7 @@ class TransformersEngine:
 
     Requests are answered in batches of like length, those with the longest prompts first. A batch's draws depend on
     the seed and on which requests it has, on nothing drawn before; all global generators stay as they were. What the
-    model's own generation config says beside its stop tokens (top-k, penalties) has no part in it.
+    model's own generation config says beside its stop tokens (top-k, penalties, forbidden tokens) has no part in it.
 
     Args:
         model: Causal language model.
@@ -154,4 +154,4 @@ class TransformersEngine:
 
 
 def _without_answer(request: Request, reason: str) -> Generated:
-    return Generated(request.row, request.sample, "", 0, ERROR, reason)
+    return Generated(request.row, request.sample, "", 0, ERROR, reason, is_refused=True)

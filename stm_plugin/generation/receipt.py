@@ -34,7 +34,7 @@ def make_receipt(
     Returns:
         A dictionary that JSON can hold.
     """
-    samples, ground_truth = file.in_order(), file.ground_truth or []
+    samples, ground_truth = file.in_order(), file.ground_truth
     num_rows, passed = len(ground_truth), sum(sample.is_verified for sample in samples)
     drops = options["rejected"] == "drop"
     rejected = num_rows - len(chosen)

@@ -1,7 +1,7 @@
 """Generating a data set of a model's own answers; whatever ends it, the next start goes on where it was."""
 
 import functools
-import os
+import logging
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -10,23 +10,26 @@ from typing import Any
 
 from ..experiment.results import write_json
 from ..measures.inputs import LoadedModel, Row, load_model
+from .access import find_key
 from .choosing import choose
-from .data import GROUND_TRUTH, problems_of, read_data, rows_digest, with_answer
+from .data import GROUND_TRUTH, SOURCE, problems_of, read_data, rows_digest, with_answer
 from .engines import ERROR, LENGTH, Engine, EngineError, Generated, Request
 from .progress import Progress, Say
 from .prompts import read_template, rephrase_messages
 from .receipt import Receipt, make_receipt
 from .samples import Sample, SamplesFile, write_lines
-from .settings import REPHRASE, GenerateSettings
+from .settings import REPHRASE, GenerateSettings, other_base
 from .verifiers import EMPTY, make_verifier
+
+logger = logging.getLogger(__name__)
 
 CUT = "cut"
 """The verdict on an answer that was cut at the limit of new tokens; no verifier is asked about it."""
 
 ERRORS_IN_A_ROW, ROWS_IN_A_ROW = 20, 3
-"""So many requests without an answer, of so many rows, none with one between them: the server is gone.
+"""So many requests that the server failed, of so many rows, none with a response between them: it is gone.
 
-All samples of a row whose prompt is too long fail too; of those, many come one after the other.
+What is wrong with a request itself (`Generated.is_refused`) says nothing about the server.
 """
 _JUDGED_TOGETHER = 64
 
@@ -41,6 +44,9 @@ def generate_data(settings: GenerateSettings, say: Say = lambda _: None, engine:
         settings: What to generate.
         say: Takes a line of progress at a time.
         engine: What generates, in the place of the one that the settings ask for.
+
+    What there is of another verifier, or of fewer samples or rows, is used too: verdicts are given anew, and what is
+    missing is generated.
 
     Returns:
         The receipt. `samples.without_an_answer` counts requests that failed: a further start asks for them again.
@@ -90,9 +96,15 @@ class _Run:
         engine = "endpoint" if settings.endpoint is not None else "transformers"
         engine = engine if self.given_engine is None else type(self.given_engine).__name__
         digest = rows_digest(self.rows, settings.data)
-        facts = settings.facts(digest, len(self.rows), self.template, self.verifier.name, engine)
+        facts = settings.facts(digest, len(self.rows), self.template, self.verifier.name, engine, self.verifier.source)
+        if settings.adapter is not None and (base := other_base(settings.adapter, settings.model)) is not None:
+            logger.warning(
+                "The adapter %s says that it is for %s, and is put on %s.", settings.adapter, base, settings.model
+            )
         self._look_at_output()
-        self.file = SamplesFile(settings.samples_path, facts)
+        self.file = SamplesFile(
+            settings.samples_path, facts, lambda number: rows_digest(self.rows[:number], settings.data)
+        )
         try:
             return self._work(facts)
         finally:
@@ -115,10 +127,17 @@ class _Run:
         to_do = [request for request in self.requests if (request.row, request.sample) not in file.samples]
         if file.samples:
             self.say(f"{len(file.samples)} of {len(self.requests)} samples are there already.")
-        if file.ground_truth is None:  # first: what cannot be scored shows before anything is generated
-            self.say(f"Scoring the {len(self.rows)} human answers ...")
-            file.set_ground_truth(self._perplexities(self.rows))
-        self._judge([sample for sample in file.in_order() if sample.verdict is None])
+        if to_do and settings.endpoint is not None and self.given_engine is None:
+            find_key(settings.endpoint.url, settings.endpoint.api_key_env)
+        known = len(file.ground_truth)
+        if known < len(self.rows):  # first: what cannot be scored shows before anything is generated
+            self.say(f"Scoring the {len(self.rows) - known} human answers ...")
+            file.set_ground_truth([*file.ground_truth, *self._perplexities(self.rows[known:])])
+        not_judged = [sample for sample in file.in_order() if sample.verdict is None]
+        if not_judged:
+            self.say(f"Verifying {len(not_judged)} samples that are there ...")
+        for start in range(0, len(not_judged), _JUDGED_TOGETHER):
+            self._judge(not_judged[start : start + _JUDGED_TOGETHER])
         if to_do:
             self._generate(to_do)
         if not file.samples:
@@ -139,16 +158,15 @@ class _Run:
 
     def _output(self, chosen: dict[int, Sample]) -> tuple[list[Row], list[float]]:
         """Rows of the output, and the perplexity of each one's answer."""
-        assert self.file.ground_truth is not None
         rows, perplexities = [], []
-        for index, (row, problem) in enumerate(zip(self.rows, self.problems, strict=True)):
+        for index, row in enumerate(self.rows):
             sample = chosen.get(index)
             if sample is not None:
                 assert sample.perplexity is not None
                 rows.append(with_answer(row, sample.text, self.settings.method))
                 perplexities.append(sample.perplexity)
             elif self.settings.rejected == GROUND_TRUTH:
-                rows.append(with_answer(row, problem.answer, GROUND_TRUTH))
+                rows.append(row | {SOURCE: GROUND_TRUTH})
                 perplexities.append(self.file.ground_truth[index])
         return rows, perplexities
 
@@ -157,7 +175,7 @@ class _Run:
         waiting: list[Sample] = []
         open_requests = {(request.row, request.sample) for request in to_do}
         progress = Progress(self.file, self.settings.num_samples, len(self.rows), self.say)
-        without_answer: list[int] = []
+        failed_rows: list[int] = []
         engine = self.given_engine or self._engine()
         answers = engine.generate(to_do)
         try:
@@ -165,10 +183,13 @@ class _Run:
                 open_requests.remove((answer.row, answer.sample))
                 if answer.finish == ERROR:
                     self.failed[answer.error or "no reason given"] += 1
-                    without_answer.append(answer.row)
-                    self._check_server(without_answer, answer)
+                    if answer.is_refused:
+                        failed_rows.clear()
+                    else:
+                        failed_rows.append(answer.row)
+                        self._check_server(failed_rows, answer)
                     continue
-                without_answer.clear()
+                failed_rows.clear()
                 sample = Sample(answer.row, answer.sample, answer.text, answer.num_tokens, answer.finish)
                 self.file.add(sample)
                 waiting.append(sample)
@@ -199,7 +220,7 @@ class _Run:
             endpoint.url,
             endpoint.model or settings.model,
             settings.sampling,
-            api_key=os.environ.get(endpoint.api_key_env),
+            api_key=find_key(endpoint.url, endpoint.api_key_env),
             concurrency=endpoint.concurrency,
             timeout=endpoint.timeout,
             max_retries=endpoint.max_retries,
@@ -220,22 +241,22 @@ class _Run:
             )
 
     def _judge(self, samples: Sequence[Sample]) -> None:
-        """Verify and score samples, and keep what came of it."""
+        """Verify samples, score those that have no perplexity yet, and keep what came of it."""
         if not samples:
             return
-        verdicts = {sample.key: EMPTY if sample.is_empty else CUT for sample in samples}
+        verdicts = {sample.key: CUT if sample.finish == LENGTH else EMPTY for sample in samples}
         asked = [sample for sample in samples if sample.finish != LENGTH and not sample.is_empty]
         with self._spent("verify"):
             found = (
                 self.verifier.verify_all([(sample.text, self.rows[sample.row]) for sample in asked]) if asked else []
             )
         verdicts |= {sample.key: verdict for sample, verdict in zip(asked, found, strict=True)}
-        not_empty = [sample for sample in samples if not sample.is_empty]
-        answers = [with_answer(self.rows[sample.row], sample.text, "") for sample in not_empty]
-        perplexities = dict(zip([s.key for s in not_empty], self._perplexities(answers), strict=True))
+        to_score = [sample for sample in samples if sample.perplexity is None and not sample.is_empty]
+        answers = [with_answer(self.rows[sample.row], sample.text, "") for sample in to_score]
+        perplexities = {sample.key: sample.perplexity for sample in samples}
+        perplexities |= dict(zip([sample.key for sample in to_score], self._perplexities(answers), strict=True))
         self.file.judge(
-            sample._replace(verdict=verdicts[sample.key], perplexity=perplexities.get(sample.key))
-            for sample in samples
+            sample._replace(verdict=verdicts[sample.key], perplexity=perplexities[sample.key]) for sample in samples
         )
 
     def _perplexities(self, rows: Sequence[Row]) -> list[float]:
@@ -269,7 +290,7 @@ class _Run:
         """Raise EngineError where the server seems to be gone.
 
         Args:
-            rows: Row of each request that got no answer since the last one that did.
+            rows: Row of each request that the server failed since its last response.
             last: What the last of them got.
         """
         in_process = self.settings.endpoint is None and self.given_engine is None

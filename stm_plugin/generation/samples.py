@@ -11,7 +11,7 @@ at most the last is torn, and counts as not written. At the end the file has one
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ from .engines import STOP
 
 Key = tuple[int, int]
 """Row, and which of its samples."""
+
+_OF_VERIFIER = ("verifier", "verifier_source")
+"""Settings on which verdicts depend, but no texts and perplexities."""
 
 
 class Sample(NamedTuple):
@@ -63,40 +66,49 @@ class Sample(NamedTuple):
 class SamplesFile:
     """Samples on disk, for one process at a time.
 
+    Samples of other settings are refused, but for what leaves them as good as they are: another verifier, whose
+    verdicts take the place of those there; more samples of each row; and more rows behind the same ones.
+
     Args:
         path: The file; it is made, or gone on with.
-        settings: What the samples depend on, as JSON can hold it.
+        settings: What the samples and verdicts depend on, as JSON can hold it.
+        digest_of: The digest (`data` in the settings) of so many of the rows, from the first.
 
     Attributes:
         samples: What has been generated.
-        ground_truth: Perplexity of each row's human answer; None before it is there.
+        ground_truth: Perplexity of each row's human answer; of the first ones only before it is there for all.
         seconds: Seconds spent so far, by phase, over all starts.
 
     Raises:
         ValueError: If it was made with other settings, or is damaged elsewhere than in its last line.
     """
 
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self.path, self.settings = path, settings
+    def __init__(self, path: Path, settings: Settings, digest_of: Callable[[int], str] = lambda _: "") -> None:
+        self.path, self.settings, self._digest_of = path, settings, digest_of
         self.samples: dict[Key, Sample] = {}
-        self.ground_truth: list[float] | None = None
+        self.ground_truth: list[float] = []
         self.seconds: dict[str, float] = {}
         self._not_written: dict[str, float] = {}
-        whole = self._read()
+        whole, before = self._read()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         os.ftruncate(self._file, whole)
-        if whole == 0:
+        if before is None:
             self._append([{"settings": settings}])
+        elif before != settings:
+            if any(before.get(name) != settings.get(name) for name in _OF_VERIFIER):
+                self.samples = {key: sample._replace(verdict=None) for key, sample in self.samples.items()}
+            self.tidy()
 
-    def _read(self) -> int:
-        """Take what is there; how many bytes of it are whole lines."""
+    def _read(self) -> tuple[int, Settings | None]:
+        """Take what is there; how many bytes of it are whole lines, and the settings that it was made with."""
+        before: Settings | None = None
         content = self.path.read_bytes() if self.path.exists() else b""
         whole = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
             try:
                 record = json.loads(line)
                 if number == 1:
-                    before = record["settings"]
+                    before = dict(record["settings"])
                 else:
                     self._take(record)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,9 +116,20 @@ class SamplesFile:
                     f"{self.path}, line {number}, is damaged ({type(error).__name__}: {error}). Start anew with "
                     "--again; or, of samples, remove the line, and what it held is generated again."
                 ) from None
-            if number == 1 and (changes := differences(before, self.settings)):
+            if before is not None and number == 1 and (changes := self._changes(before)):
                 raise ValueError(_told(self.path, changes))
-        return whole
+        return whole, before
+
+    def _changes(self, before: Settings) -> list[str]:
+        """What differs between settings so much that samples of the one are none of the other."""
+        now = self.settings
+        usable = before | {name: now[name] for name in _OF_VERIFIER if name in now}
+        if 0 < before.get("samples", 0) < now.get("samples", 0):
+            usable["samples"] = now["samples"]
+        rows = before.get("rows", 0)
+        if 0 < rows < now.get("rows", 0) and self._digest_of(rows) == before.get("data"):
+            usable |= {"rows": now["rows"], "data": now["data"]}
+        return differences(usable, now)
 
     def _take(self, record: dict[str, Any]) -> None:
         for phase, seconds in record.get("seconds", {}).items():
@@ -148,7 +171,7 @@ class SamplesFile:
     def tidy(self) -> None:
         """Write the file anew: one line for each sample, in order. What is kept afterwards is appended as before."""
         records: list[dict[str, Any]] = [{"settings": self.settings}, {"seconds": self.seconds}]
-        if self.ground_truth is not None:
+        if self.ground_truth:
             records.append({"ground_truth_perplexity": self.ground_truth})
         records += [sample._asdict() for sample in self.in_order()]
         write_lines(records, self.path)
@@ -158,20 +181,26 @@ class SamplesFile:
 
     def close(self) -> None:
         """Write the time that is not written yet, and let go of the file."""
-        if self._not_written:
-            self._append([{}])
-        os.close(self._file)
+        try:
+            if self._not_written:
+                self._append([{}])
+        finally:
+            os.close(self._file)
 
     def _append(self, records: Sequence[dict[str, Any]]) -> None:
         if not records:
             return
         if self._not_written:
             records = [records[0] | {"seconds": self._not_written}, *records[1:]]
-        data = _lines(records)
-        while data:
-            data = data[os.write(self._file, data) :]
-        os.fsync(self._file)
+        data, length = _lines(records), os.fstat(self._file).st_size
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except BaseException:  # a full disk, say: what is written next must not follow a torn line
+            os.ftruncate(self._file, length)
+            raise
         self._not_written = {}
+        os.fsync(self._file)
 
 
 def write_lines(records: Iterable[dict[str, Any]], path: Path) -> None:

@@ -1,17 +1,23 @@
 """What a generation is asked for."""
 
 import hashlib
+import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .access import check_url
 from .data import GROUND_TRUTH
 from .engines import Sampling
 
 SELF_OUTPUT, REPHRASE = METHODS = ("self-output", "rephrase")
 REJECTED = (GROUND_TRUTH, "drop")
+_ADAPTER_FILES = (
+    *("adapter_*", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("vocab*", "merges.txt", "*.model"),
+)
+"""What of an adapter's folder has a part in the answers."""
 _SAMPLES = {SELF_OUTPUT: 32, REPHRASE: 1}
 
 
@@ -25,7 +31,8 @@ class Endpoint:
         concurrency: Most requests at a time.
         timeout: Seconds that a request may take.
         max_retries: How often a request is tried again.
-        api_key_env: Environment variable that holds the key, if the server wants one.
+        api_key_env: Environment variable that holds the key, if the server wants one; None for `OPENAI_API_KEY`,
+            which is sent to hosts of openai.com only.
     """
 
     url: str
@@ -33,7 +40,7 @@ class Endpoint:
     concurrency: int = 16
     timeout: float = 600.0
     max_retries: int = 5
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,8 @@ class GenerateSettings:
             )
         if Path(self.data).exists() and Path(self.data).resolve() == self.output.resolve():
             raise ValueError(f"--output {self.output} is the data itself. Choose another file.")
+        if self.endpoint is not None:
+            check_url(self.endpoint.url)
         _check_numbers(self)
 
     @property
@@ -122,9 +131,15 @@ class GenerateSettings:
         }
 
     def facts(
-        self, data_digest: str, num_rows: int, template: str | None, verifier: str, engine: str
+        self,
+        data_digest: str,
+        num_rows: int,
+        template: str | None,
+        verifier: str,
+        engine: str,
+        verifier_source: str | None = None,
     ) -> dict[str, Any]:
-        """What the samples depend on.
+        """What the samples depend on, and their verdicts.
 
         Args:
             data_digest: Of the rows.
@@ -132,9 +147,10 @@ class GenerateSettings:
             template: Of `rephrase`.
             verifier: Its name.
             engine: What generates.
+            verifier_source: Hash of its source, of a function of the user's own.
 
         Raises:
-            ValueError: If the model is nowhere to be had.
+            ValueError: If the model or the adapter is nowhere to be had, or is none.
         """
         from ..forgetting.reuse import model_files
 
@@ -147,6 +163,7 @@ class GenerateSettings:
             **asdict(self.sampling),
             "template": template,
             "verifier": verifier,
+            "verifier_source": verifier_source,
             "engine": engine,
             "endpoint_model": None if self.endpoint is None else self.endpoint.model or self.model,
             "dtype": self.dtype,
@@ -156,13 +173,56 @@ class GenerateSettings:
         }
 
 
-def _adapter_identity(name: str) -> Mapping[str, str]:
-    """Hashes of an adapter's files; the model that it is put on is named apart."""
+def _adapter_identity(name: str) -> dict[str, Any]:
+    """What an adapter's own part in the answers depends on; the model that it is put on is named apart.
+
+    Raises:
+        ValueError: If it is no adapter.
+    """
+    config = adapter_config(name)
     folder = Path(name)
     if not folder.is_dir():
-        return {"hub": name}
-    files = sorted(folder.glob("adapter_*"))
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+        return {"hub": name, "commit": config.parent.name}
+    files = {file for pattern in _ADAPTER_FILES for file in folder.glob(pattern) if file.is_file()}
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+
+
+def adapter_config(name: str) -> Path:
+    """The adapter_config.json of an adapter, given its folder or hub id.
+
+    Raises:
+        ValueError: If it is no adapter, or nowhere to be had.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    from ..measures.inputs import is_adapter
+
+    if not is_adapter(name):
+        raise ValueError(
+            f"--adapter {name}: this is no adapter, it has no adapter_config.json. A whole model goes into --model."
+        )
+    return Path(find_adapter_config_file(name))
+
+
+def other_base(adapter: str, model: str) -> str | None:
+    """The model that an adapter's config names, where that is another than the one that it is put on.
+
+    Args:
+        adapter: Folder or hub id of an adapter.
+        model: Folder or hub id of the model that it is put on.
+
+    Returns:
+        Its name; None where the config names none, or one that is the same by name, place or files.
+    """
+    from ..forgetting.reuse import model_files
+
+    base = json.loads(adapter_config(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or base == model:
+        return None
+    if Path(base).is_dir() and Path(model).is_dir():
+        is_same = Path(base).samefile(model) or model_files(base).identity == model_files(model).identity
+        return None if is_same else base
+    return str(base)
 
 
 def _check_numbers(settings: GenerateSettings) -> None:

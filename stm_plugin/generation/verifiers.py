@@ -2,13 +2,16 @@
 
 import copy
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,10 +51,12 @@ class Verifier:
 
     Attributes:
         name: One of `VERIFIERS`, or the path of a function of the user's own.
+        source: Hash of the files that such a function is in, by which a change of it shows; None for one of
+            `VERIFIERS`, and where there is no such file.
     """
 
-    def __init__(self, name: str, judge: Callable[[Sequence[Job]], list[str]]):
-        self.name = name
+    def __init__(self, name: str, judge: Callable[[Sequence[Job]], list[str]], source: str | None = None):
+        self.name, self.source = name, source
         self._judge = judge
 
     def verify(self, answer: str, row: Row) -> str:
@@ -92,7 +97,8 @@ def make_verifier(name: str | None, rows: Sequence[Row], *, run_model_code: bool
         raise ValueError("there is no row to verify answers for.")
     name = _fitting(rows) if name is None else name
     if name not in _FORMS:
-        return Verifier(name, _one_by_one(_own_judge(_function(name))))
+        function = _function(name)
+        return Verifier(name, _one_by_one(_own_judge(function)), _source_of(function, name))
     form = _FORMS[name]
     fault = _first_fault(form, rows)
     if fault:
@@ -159,7 +165,7 @@ def _function(path: str) -> Callable[..., Any]:
     Raises:
         ValueError: There is none.
     """
-    module_name, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    module_name, name = _parts(path)
     if not module_name or not name:
         near = difflib.get_close_matches(path, _FORMS, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
@@ -181,6 +187,24 @@ def _function(path: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"the verifier {path!r}: {module_name} has no function {name!r}.")
     return function
+
+
+def _parts(path: str) -> tuple[str, str]:
+    """Module and name of a dotted path."""
+    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    return module, name
+
+
+def _source_of(function: Callable[..., Any], path: str) -> str | None:
+    """Hash of the file of a function's module, and of the one that the function is from if that is another."""
+    files = set()
+    for thing in (sys.modules.get(_parts(path)[0]), inspect.unwrap(function)):
+        try:
+            files.add(inspect.getsourcefile(thing))  # type: ignore[arg-type]
+        except TypeError:  # built in, or an object that can be called
+            continue
+    digest = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file and Path(file).is_file()]
+    return " ".join(sorted(digest)) or None
 
 
 # The forms of rows, and why a row has not one.
