@@ -684,6 +684,7 @@ def test_requests_without_an_answer_are_asked_again(place, capsys, monkeypatch):
     answers = {(1, 0): ("500: busy", ERROR), (3, 2): ("refused", ERROR)}
     receipt = generate_data(settings(), engine=Scripted(answers))
     assert receipt["samples"]["without_an_answer"] == {"500: busy": 1, "refused": 1}
+    assert receipt["samples"]["refused"] == 0
     assert receipt["samples"]["generated"] == 16
     assert len(rows_of("out.jsonl")) == 6
     engine = Scripted()
@@ -807,6 +808,7 @@ def test_requests_that_are_refused_do_not_end_the_run(place):
         receipt = generate_data(settings(samples=10), engine=engine)
         assert len(engine.asked) == asked
         assert receipt["samples"]["without_an_answer"] == {"400: too long": 30}
+        assert receipt["samples"]["refused"] == 30
         assert len(rows_of("out.jsonl")) == 6
 
 

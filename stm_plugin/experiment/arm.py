@@ -132,7 +132,7 @@ def generate(job: Facts) -> None:
     settings = generation.generate_settings(data, output, model)
     receipt = generate_data(settings, logger.info)
     failed = receipt["samples"]["without_an_answer"]
-    if failed and settings.endpoint is not None:
+    if sum(failed.values()) > receipt["samples"]["refused"] and settings.endpoint is not None:
         reasons = ", ".join(f"{reason} ({number} times)" for reason, number in failed.items())
         raise RuntimeError(f"requests got no answer: {reasons}. Start again to ask again.")
     names = {model: options["model"], settings.data: options["data"], str(settings.output): settings.output.name}

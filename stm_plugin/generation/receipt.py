@@ -20,6 +20,7 @@ def make_receipt(
     chosen: Mapping[int, Sample],
     answers: Sequence[float],
     failed: Mapping[str, int],
+    num_refused: int,
 ) -> Receipt:
     """Everything about a generated data set that its reader may ask.
 
@@ -30,6 +31,7 @@ def make_receipt(
         chosen: The chosen sample by row.
         answers: Perplexity of each answer in the output, in order.
         failed: Requests that ended without an answer, by reason.
+        num_refused: How many of them failed by themselves, so that asking again would not help.
 
     Returns:
         A dictionary that JSON can hold.
@@ -57,6 +59,7 @@ def make_receipt(
             "acceptance_rate": passed / len(samples),
             "rejected": rejections(samples),
             "without_an_answer": dict(failed),
+            "refused": num_refused,
         },
         "perplexity": {"before": _summary(ground_truth), "after": _summary(answers)},
         "tokens_generated": sum(sample.num_tokens for sample in samples),

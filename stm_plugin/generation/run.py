@@ -80,6 +80,7 @@ class _Run:
         self.template = read_template(settings.template) if settings.method == REPHRASE else None
         self.requests = self._requests()
         self.failed: Counter[str] = Counter()
+        self.num_refused = 0
 
     def _requests(self) -> list[Request]:
         requests = []
@@ -145,7 +146,7 @@ class _Run:
         chosen = choose(file.in_order())
         rows, perplexities = self._output(chosen)
         file.tidy()
-        receipt = make_receipt(facts, settings.options(), file, chosen, perplexities, self.failed)
+        receipt = make_receipt(facts, settings.options(), file, chosen, perplexities, self.failed, self.num_refused)
         write_json(receipt, settings.receipt_path)
         if not rows:
             settings.output.unlink(missing_ok=True)
@@ -184,6 +185,7 @@ class _Run:
                 if answer.finish == ERROR:
                     self.failed[answer.error or "no reason given"] += 1
                     if answer.is_refused:
+                        self.num_refused += 1
                         failed_rows.clear()
                     else:
                         failed_rows.append(answer.row)
