@@ -1330,3 +1330,15 @@ def test_killed_and_started_again(tiny):
     again = subprocess.run([*words, "--table"], env=environment, capture_output=True, text=True, timeout=100)
     assert again.returncode == 0, again.stderr
     assert "| stm |" in (output / "table.md").read_text()
+
+
+def test_the_shipped_table_is_that_of_the_shipped_results():
+    """`stm experiment smollm2_mbpp.yaml --output smollm2_mbpp --table` makes it anew."""
+    from stm_plugin.experiment.summary import summarize
+    from stm_plugin.experiment.tables import markdown
+
+    configs = Path(__file__).resolve().parents[1] / "example_configs" / "experiments"
+    folder = configs / "smollm2_mbpp"
+    summary = summarize(read_experiment(configs / "smollm2_mbpp.yaml"), folder)
+    assert markdown(summary) == (folder / "table.md").read_text(encoding="utf-8")
+    assert "/tmp/" not in "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.json"))
