@@ -41,7 +41,7 @@ def check_same_tokens(option: str, name: str, keywords: dict[str, Any], tokenize
             raise ValueError(
                 f"{option}={name!r} has another tokenizer than the model in training: id {token_id} is {ours!r} here "
                 f"and {theirs!r} there. Its perplexities would be those of other tokens. Choose a model of the same "
-                "family."
+                "family" + (", or 'initial'." if option == "stm_reference" else ".")
             )
 
 
