@@ -9,6 +9,7 @@ import xxhash
 from .documents import Documents, gather, offsets_of, runs
 
 _HASHES_PER_BLOCK = 2**16
+_TOKENS_PER_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,28 @@ class ScorePlan:
     def num_scores(self) -> int:
         """Label tokens to score: those of every different document once."""
         return int(self.offsets[-1])
+
+    @cached_property
+    def common_prefix(self) -> int:
+        """Tokens that all planned documents begin with (a system prompt), up to what predicts the first label of any.
+
+        0 for fewer than two documents.
+        """
+        if len(self) < 2:
+            return 0
+        documents = self.documents
+        starts = documents.document_offsets[self.members]
+        length = int(self.lengths[-1]) - 1
+        first = documents.input_ids[starts[0] : starts[0] + length]
+        done = 0
+        while length and done < len(self):
+            block = starts[done : done + max(1, _TOKENS_PER_BLOCK // (length + 1)), None]
+            differs = (documents.input_ids[block + np.arange(length)] != first[:length]).any(axis=0)
+            # the token at t is predicted at t - 1
+            predicts = documents.label_mask[block + np.arange(1, length + 1)].any(axis=0)
+            length = int(np.append(differs | predicts, True).argmax())
+            done += len(block)
+        return length
 
     def batches(self, tokens_per_batch: int) -> list[range]:
         """Runs of planned documents whose padded size stays within a token budget (a longer document goes alone)."""

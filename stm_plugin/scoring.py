@@ -22,7 +22,7 @@ from .constants import IGNORE_INDEX
 from .documents import Documents
 from .options import STMOptions
 from .plan import ScorePlan
-from .prefix import last_hidden_states, most_to_share, shared_prefix
+from .prefix import Backbone, most_to_share, shared_prefix
 from .sharding import whole
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ class Scorer:
     ):
         check_scorable(model)
         self.model, self.plan, self.autocast, self.agree = model, plan, autocast, agree
+        self._backbone = Backbone(causal_lm(model))
         self.tokens_per_batch: int | None = None
 
     def score(self, batches: list[range], advance: Callable[[int], Any] = lambda _: None) -> list[np.ndarray]:
@@ -166,7 +167,7 @@ class Scorer:
                 return scores
             num_slices = self.agree([self._num_slices(batch) for batch in batches])
             for batch, slices in zip_longest(batches, num_slices):
-                scores.append(_score_batch(self.model, self.plan, self.autocast, batch or range(0), slices))
+                scores.append(self._score_batch(batch or range(0), slices))
                 advance(self.plan.num_tokens([batch]) if batch else 0)
         return scores[: len(batches)]
 
@@ -176,7 +177,7 @@ class Scorer:
         scores = []
         for part in parts:
             try:
-                scores.append(_score_batch(self.model, self.plan, self.autocast, part))
+                scores.append(self._score_batch(part))
                 continue
             except torch.OutOfMemoryError:
                 if len(part) == 1:
@@ -189,6 +190,37 @@ class Scorer:
             )
             scores.append(self._score_within_memory(part))
         return np.concatenate(scores)
+
+    def _score_batch(self, batch: range, num_slices: int | None = None) -> np.ndarray:
+        """Scores of a run of planned documents, in order; of none, one token passes the backbone, for no score."""
+        plan, documents = self.plan, self.plan.documents
+        lengths = plan.lengths[batch.start : batch.stop]
+        width = int(lengths.max(initial=1))
+        # Right padding only, so that no mask is needed: a causal model's tokens never attend to what follows them.
+        input_ids = np.zeros((max(1, len(batch)), width), dtype=np.int64)
+        rows, predicting, labels = ([np.zeros(0, np.int64)] for _ in range(3))
+        for row, (member, length) in enumerate(zip(plan.members[batch.start : batch.stop], lengths, strict=True)):
+            start = documents.document_offsets[member]
+            input_ids[row, :length] = documents.input_ids[start : start + length]
+            positions = np.flatnonzero(documents.label_mask[start : start + length + 1])
+            rows.append(np.full(len(positions), row))
+            predicting.append(positions - 1)  # the token at t is predicted at t - 1
+            labels.append(documents.labels_at(start + positions))
+        lm = causal_lm(self.model)
+        needed = np.concatenate(predicting)
+        prefix = 0
+        if num_slices is None:
+            prefix = shared_prefix(input_ids, min(int(needed.min()), most_to_share(lm)), plan.common_prefix)
+        with self.autocast():  # at its end the copies that it made of weights are freed
+            hidden_states = self._backbone.last_hidden_states(input_ids, prefix)
+        skipped = width - hidden_states.shape[1]
+        index = np.concatenate(rows) * hidden_states.shape[1] + needed - skipped
+        hidden_states = hidden_states.flatten(0, 1).index_select(0, torch.from_numpy(index).to(hidden_states.device))
+        label_ids = torch.from_numpy(np.concatenate(labels).astype(np.int64))
+        # A head whose weight is shared out among processes is not to be touched.
+        with self.autocast(), _head_cast_once(lm) if num_slices is None else nullcontext():
+            nll = token_nll(lm, hidden_states, label_ids.to(hidden_states.device), num_slices or 0)
+        return nll.cpu().numpy()  # the only wait for the device
 
     def _num_slices(self, batch: range) -> int:
         num_labels = int(self.plan.offsets[batch.stop] - self.plan.offsets[batch.start])
@@ -312,41 +344,6 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-
-
-def _score_batch(
-    model: PreTrainedModel, plan: ScorePlan, autocast: Autocast, batch: range, num_slices: int | None = None
-) -> np.ndarray:
-    """Scores of a run of planned documents, in order; of none, one token passes the backbone and no score comes."""
-    documents = plan.documents
-    lengths = plan.lengths[batch.start : batch.stop]
-    width = int(lengths.max(initial=1))
-    # Right padding only, so that no mask is needed: a causal model's real tokens never attend to what follows them.
-    input_ids = np.zeros((max(1, len(batch)), width), dtype=np.int64)
-    rows, predicting, labels = ([np.zeros(0, np.int64)] for _ in range(3))
-    for row, (member, length) in enumerate(zip(plan.members[batch.start : batch.stop], lengths, strict=True)):
-        start = documents.document_offsets[member]
-        input_ids[row, :length] = documents.input_ids[start : start + length]
-        positions = np.flatnonzero(documents.label_mask[start : start + length + 1])
-        rows.append(np.full(len(positions), row))
-        predicting.append(positions - 1)  # the token at t is predicted at t - 1
-        labels.append(documents.labels_at(start + positions))
-    lm = causal_lm(model)
-    device = lm.get_input_embeddings().weight.device
-    needed = np.concatenate(predicting)
-    prefix = 0
-    if num_slices is None and len(batch) > 1:
-        prefix = shared_prefix(input_ids, min(int(needed.min()), most_to_share(lm)))
-    with autocast():  # at its end the copies that it made of weights are freed
-        hidden_states = last_hidden_states(lm, torch.from_numpy(input_ids).to(device), prefix)
-    skipped = width - hidden_states.shape[1]
-    index = np.concatenate(rows) * hidden_states.shape[1] + needed - skipped
-    hidden_states = hidden_states.flatten(0, 1).index_select(0, torch.from_numpy(index).to(hidden_states.device))
-    label_ids = torch.from_numpy(np.concatenate(labels).astype(np.int64))
-    # A head whose weight is shared out among processes is not to be touched.
-    with autocast(), _head_cast_once(lm) if num_slices is None else nullcontext():
-        nll = token_nll(lm, hidden_states, label_ids.to(hidden_states.device), num_slices or 0)
-    return nll.cpu().numpy()  # the only wait for the device
 
 
 @contextmanager

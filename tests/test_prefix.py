@@ -9,11 +9,12 @@ import torch
 import transformers
 from test_scoring import FAMILIES, VOCAB_SIZE, in_float64, make_model, naive_nll, our_nll, with_lora
 
+from stm_plugin import plan as plan_module
 from stm_plugin import prefix
 from stm_plugin.documents import Documents
 from stm_plugin.plan import ScorePlan
-from stm_plugin.prefix import last_hidden_states, most_to_share, shared_prefix
-from stm_plugin.scoring import causal_lm
+from stm_plugin.prefix import Backbone, most_to_share, shared_prefix
+from stm_plugin.scoring import Scorer, causal_lm
 
 FALL_BACK = ["FalconH1"]
 
@@ -114,11 +115,11 @@ def test_positions_and_rotations_of_other_kinds():
     ]:
         assert (most_to_share(model) > 0) == can_share
         exact = in_float64(model)
-        input_ids = torch.from_numpy(documents.input_ids[None, :30].astype(np.int64)).repeat(2, 1)
+        input_ids = documents.input_ids[None, :30].astype(np.int64).repeat(2, axis=0)
         input_ids[1, 20:] = 7
         with torch.no_grad():
-            whole = exact.base_model(input_ids=input_ids, use_cache=False)[0]
-            rest = last_hidden_states(exact, input_ids, 12)
+            whole = exact.base_model(input_ids=torch.from_numpy(input_ids), use_cache=False)[0]
+            rest = Backbone(exact).last_hidden_states(input_ids, 12)
         assert torch.allclose(rest, whole[:, 12:], atol=1e-5) == can_share, "refused for no reason, or wrong"
         assert np.abs(our_nll(model, documents, 4096) - our_nll(model, documents, 1)).max() < 1e-4 or not can_share
 
@@ -184,6 +185,66 @@ def test_an_adapter_and_autocast(passed):
     assert model.config.use_cache is False
 
 
+# From batch to batch.
+
+
+def test_a_prefix_of_all_batches_runs_once(passed):
+    """In the order of lengths; a batch of one row goes on from it too, and scores do not depend on who scored what."""
+    model = make_model()
+    documents = make_documents(20, [40, 39, 38, 30, 29, 28, 27])
+    plan = ScorePlan.of(documents)
+    assert plan.common_prefix == 19
+    batches = plan.batches(80)
+    assert [len(batch) for batch in batches] == [2, 2, 2, 1]
+    shapes = passed(model)
+    scorer = Scorer(model, plan)
+    at_once = scorer.score(batches)
+    assert shapes == [(1, 19), (2, 20), (2, 18), (2, 9), (1, 7)]
+    ours = plan.spread(np.concatenate(at_once))
+    assert np.abs(ours - naive_nll(in_float64(model), documents)).max() < 1e-4
+    for first in range(4):
+        alone = Scorer(model, plan).score(batches[first:])
+        assert all(np.array_equal(one, other) for one, other in zip(at_once[first:], alone, strict=True))
+    shapes.clear()
+    scorer.score(batches[::-1])
+    assert shapes == [(1, 7), (2, 9), (2, 18), (2, 20)]
+
+
+def test_a_longer_prefix_of_one_batch(passed):
+    """It is taken where it saves enough beyond the common one, which then runs again."""
+    model = make_model()
+    rng = np.random.default_rng(0)
+    common, own = rng.integers(0, VOCAB_SIZE, 20).tolist(), rng.integers(0, VOCAB_SIZE, 30).tolist()
+    rows = [common + own + rng.integers(0, VOCAB_SIZE, 20).tolist() for _ in range(3)]
+    rows += [[*common, index, *rng.integers(0, VOCAB_SIZE, 30).tolist()] for index in range(3)]
+    documents = Documents.from_rows(rows, [[-100] * (len(row) - 5) + row[-5:] for row in rows])
+    plan = ScorePlan.of(documents)
+    shapes = passed(model)
+    batches = [range(2, 3), range(3), range(3, 6)]
+    scores = Scorer(model, plan).score(batches)
+    assert shapes == [(1, 20), (1, 49), (1, 50), (3, 19), (1, 20), (3, 30)]
+    assert np.abs(plan.spread(np.concatenate(scores[1:])) - naive_nll(in_float64(model), documents)).max() < 1e-4
+
+
+@pytest.mark.parametrize("tokens_per_block", [1, 50, 2**20])
+@pytest.mark.parametrize(
+    ("num_shared", "lengths", "num_prompt", "expected"),
+    [
+        (10, [20, 15, 18], 15, 10),
+        (10, [20, 15, 18], 5, 4),
+        (10, [20, 15, 18], 1, 0),
+        (0, [20, 15, 18], 5, 0),
+        (30, [20, 25, 29], 15, 14),
+        (14, [20, 15, 18], 14, 13),
+        (10, [20], 15, 0),
+        (10, [], 15, 0),
+    ],
+)
+def test_the_common_prefix_of_a_plan(num_shared, lengths, num_prompt, expected, tokens_per_block, monkeypatch):
+    monkeypatch.setattr(plan_module, "_TOKENS_PER_BLOCK", tokens_per_block)
+    assert ScorePlan.of(make_documents(num_shared, lengths, num_prompt)).common_prefix == expected
+
+
 # What is not shared.
 
 
@@ -214,17 +275,17 @@ def test_a_prefix_takes_no_more_memory_than_it_may(monkeypatch, llama, passed):
     """A longer one is shared as far as that goes; and one that takes more than was thought is not shared at all."""
     documents = make_documents(30, [40, 36, 35])
     bytes_per_token = 2 * 2 * 2 * 12 * 4
-    monkeypatch.setattr(prefix, "PREFIX_BYTES", 10 * bytes_per_token + 1)
+    monkeypatch.setattr(prefix, "PREFIX_BYTES", 4 * (10 * bytes_per_token + 1))  # a CPU takes a quarter
     assert most_to_share(llama) == 10
     shapes = passed(llama)
     ours = our_nll(llama, documents, 4096)
     assert shapes == [(1, 10), (3, 29)]
     assert np.abs(ours - naive_nll(in_float64(llama), documents)).max() < 1e-4
     shapes.clear()
-    input_ids = torch.zeros((2, 15), dtype=torch.long)
+    input_ids = np.zeros((2, 15), np.int64)
     with torch.no_grad():
-        assert last_hidden_states(llama, input_ids, 11).shape == (2, 15, 48)
-        assert last_hidden_states(llama, input_ids, 10).shape == (2, 5, 48)
+        assert Backbone(llama).last_hidden_states(input_ids, 11).shape == (2, 15, 48)
+        assert Backbone(llama).last_hidden_states(input_ids, 10).shape == (2, 5, 48)
     assert shapes == [(1, 11), (2, 15), (1, 10), (2, 5)]
 
 
@@ -236,11 +297,11 @@ def test_a_prefix_is_kept_once(llama):
         caches.append((keywords.get("past_key_values"), len(output.last_hidden_state)))
 
     hook = llama.model.register_forward_hook(note, with_kwargs=True)
-    input_ids = torch.randint(0, VOCAB_SIZE, (5, 30))
+    input_ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (5, 30))
     input_ids[:, :20] = input_ids[0, :20]
     with torch.no_grad():
-        llama.model(input_ids=input_ids[:1], past_key_values=None)
-        last_hidden_states(llama, input_ids, 20)
+        llama.model(input_ids=torch.from_numpy(input_ids[:1]), past_key_values=None)
+        Backbone(llama).last_hidden_states(input_ids, 20)
     hook.remove()
     cache = caches[-1][0]
     for layer in cache.layers:
