@@ -61,9 +61,10 @@ def loaded_reference(options: STMOptions, device: torch.device) -> Iterator[Any]
 
 @contextmanager
 def loaded_tuned_model(options: STMOptions, trained: Any, device: torch.device) -> Iterator[Any]:
-    """The model of `stm_tuned_model`, in dtype, quantization and attention as the one in training; freed at the end.
+    """The model of `stm_tuned_model`, in dtypes, quantization and attention as the one in training; freed at the end.
 
-    It is on the CPU, but for a quantized one.
+    Each weight has the dtype that the host gave the one of that name, such as float32 for the norms of a quantized
+    model. It is on the CPU, but for a quantized one.
 
     Args:
         options: Checked STM options.
@@ -95,8 +96,18 @@ def loaded_tuned_model(options: STMOptions, trained: Any, device: torch.device) 
                 raise ValueError(
                     f"stm_tuned_model={name!r} is an adapter that does not fit its base {base!r}: {error}"
                 ) from error
+        _take_over_dtypes(model, trained)
         yield model
         del model
+
+
+def _take_over_dtypes(model: Any, trained: Any) -> None:
+    from .fingerprint import effective_tensors
+
+    dtypes = {name: tensor.dtype for name, tensor in effective_tensors(trained) if tensor.is_floating_point()}
+    for name, tensor in effective_tensors(model):
+        if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
 
 
 def trusted_code(lm: Any) -> dict[str, Any]:

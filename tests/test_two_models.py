@@ -317,11 +317,15 @@ def test_a_tuned_model_that_is_the_initial_one_is_refused(tokenizer, make_model,
         made.train()
 
 
+@pytest.mark.parametrize("norms", ["torch.bfloat16", "torch.float32"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_tuned_model_computes_in_dtype_and_attention_of_the_one_in_training(
-    attention, tuned, tokenizer, make_model, chats, tmp_path
+def test_the_tuned_model_computes_in_dtypes_and_attention_of_the_one_in_training(
+    attention, norms, tokenizer, make_model, chats, tmp_path
 ):
-    """In bfloat16, rounding alone would decide about many tokens: those that the change hardly touches."""
+    """In bfloat16, rounding alone would decide about many tokens: those that the change hardly touches.
+
+    Hosts make norms float32, those of a quantized model for one, and train such a model with autocast.
+    """
     from transformers import AutoModelForCausalLM
 
     make_model().save_pretrained(tmp_path / "initial")
@@ -335,18 +339,23 @@ def test_the_tuned_model_computes_in_dtype_and_attention_of_the_one_in_training(
     initial, tuned_model = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name, **keywords) for name in ("initial", "other")
     )
+    autocast = norms == "torch.float32"
+    if autocast:
+        for module in [*initial.modules(), *tuned_model.modules()]:
+            if type(module).__name__.endswith("Norm"):
+                module.float()
     options = {"stm_strategy": "hybrid", "stm_threshold": 1e30, "stm_tuned_model": Path(tmp_path / "other")}
     made = stm_trainer(
-        initial, chats, tokenizer, tmp_path / "run", max_length=None, stm_tokens_per_batch=1, bf16=False, **options
+        initial, chats, tokenizer, tmp_path / "run", max_length=None, stm_tokens_per_batch=1, bf16=autocast, **options
     )
     run = made.stm_score()
-    assert run.tuned_key.dtype == run.key.dtype == "torch.bfloat16"
+    assert run.tuned_key.dtype == run.key.dtype == ",".join(sorted({"torch.bfloat16", norms}))
     assert json.loads(made.args.to_json_string())["stm_tuned_model"] == str(tmp_path / "other")
     plain = plain_trainer(make_model(), chats, tokenizer, tmp_path / "plain", max_length=None).train_dataset
 
     def logits_of(model):
         def logits(ids):
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 return model.eval()(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
 
         return logits
