@@ -1093,3 +1093,21 @@ def test_progress_line(tmp_path):
     # 4 samples in 30 s are 4 problems' halves a minute; 15 samples are left
     assert progress.line(30) == "2 of 10 problems, 4 a minute, about 2 min left; 50.0% of the samples pass"
     file.close()
+
+
+def test_progress_of_batches(tmp_path, monkeypatch):
+    """Four samples come at once, every 100 seconds; none of the next batch counts before all of it do."""
+    clock, lines = [0.0], []
+    monkeypatch.setattr("stm_plugin.generation.progress.time.monotonic", lambda: clock[0])
+    file = SamplesFile(tmp_path / "x.samples.jsonl", {})
+    progress = Progress(file, 2, 8, lines.append)
+    for number in range(12):
+        clock[0] += 0 if number % 4 else 100
+        progress.tell()
+        file.add(Sample(*divmod(number, 2), "a", 1, STOP))
+    assert lines == [
+        "0 of 8 problems",
+        "2 of 8 problems, 1.2 a minute, about 5 min left",
+        "4 of 8 problems, 1.2 a minute, about 3 min left",
+    ]
+    file.close()

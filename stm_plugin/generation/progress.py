@@ -23,14 +23,18 @@ class Progress:
     def __init__(self, file: SamplesFile, num_samples: int, num_problems: int, say: Say) -> None:
         self.file, self.num_samples, self.num_problems, self.say = file, num_samples, num_problems, say
         self.at_start, self.started = len(file.samples), time.monotonic()
-        self.told = self.started
+        self.told = self.latest = self.started
 
     def tell(self, at_once: bool = False) -> None:
-        """Say a line, unless the last one is less than ten seconds old."""
+        """Say a line, unless the last one is less than ten seconds old. To be called before each sample is added.
+
+        The rate is that up to the sample before, and so of whole batches where samples come in batches.
+        """
         now = time.monotonic()
         if at_once or now - self.told >= _SECONDS_BETWEEN:
             self.told = now
-            self.say(self.line(now - self.started))
+            self.say(self.line(self.latest - self.started))
+        self.latest = now
 
     def line(self, seconds: float) -> str:
         """The line, given the seconds since the start."""

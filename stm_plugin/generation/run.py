@@ -192,13 +192,13 @@ class _Run:
                         self._check_server(failed_rows, answer)
                     continue
                 failed_rows.clear()
+                progress.tell()
                 sample = Sample(answer.row, answer.sample, answer.text, answer.num_tokens, answer.finish)
                 self.file.add(sample)
                 waiting.append(sample)
                 if len(waiting) >= _JUDGED_TOGETHER:
                     self._judge(waiting)
                     waiting = []
-                progress.tell()
             self._judge(waiting)
             progress.tell(at_once=True)
         finally:
