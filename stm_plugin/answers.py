@@ -52,9 +52,12 @@ def generate(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     batch_size: int,
+    template_kwargs: Sequence[Mapping[str, Any] | None] | None = None,
     **options: Any,
 ) -> list[TokenRow]:
     """Answers as for `greedy_answers`, with further options of `model.generate` that say how a token is chosen.
+
+    Of each prompt, `template_kwargs` may say what else its chat template is given.
 
     Of the model's generation config, only what ends an answer counts: its penalties, forced and forbidden tokens,
     limits and other ways of choosing are off.
@@ -64,7 +67,8 @@ def generate(
 
     from .scoring import eval_mode
 
-    prompt_ids = [prompt_token_ids(tokenizer, prompt) for prompt in prompts]
+    kwargs = template_kwargs or [None] * len(prompts)
+    prompt_ids = [prompt_token_ids(tokenizer, *each) for each in zip(prompts, kwargs, strict=True)]
     stop_ids = stop_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=pad_id, **options)
@@ -102,8 +106,10 @@ def _without_generation_config(model: "PreTrainedModel") -> Iterator[None]:
             part.generation_config = config
 
 
-def prompt_token_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, up to where the model starts to answer."""
+def prompt_token_ids(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Token ids of a prompt, up to where the model starts to answer; its chat template is given the kwargs."""
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             raise ValueError(
@@ -112,7 +118,9 @@ def prompt_token_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> li
             )
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **(template_kwargs or {})
+    )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -1,6 +1,7 @@
 """`stm generate`: what is chosen and written, what stops it and how it goes on, what it refuses."""
 
 import argparse
+import copy
 import errno
 import importlib
 import json
@@ -228,6 +229,35 @@ def test_prompt_and_completion(place, chats):
     assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
     assert [row["completion"][0]["content"] for row in written] == ["answer 0 0", "answer 1 0", "answer 2 0"]
     assert receipt["perplexity"]["after"]["rows"] == 3
+
+
+def test_what_the_template_is_given(place, tokenizer, monkeypatch):
+    """Asked, scored, written and trained on with it; a row's own prevails."""
+    from transformers import AutoModelForCausalLM
+
+    generate = Scripted.generate
+    shutil.copytree(place / "model", place / "moody")
+    with_mood = "<|im_start|>system\nBe {{ mood }}.<|im_end|>\n" + tokenizer.chat_template
+    (place / "moody" / "chat_template.jinja").write_text(with_mood)
+    rows = rows_of("chats.jsonl")[:2]
+    rows[1]["chat_template_kwargs"] = {"mood": "quick"}
+    write_rows(rows, place / "two.jsonl")
+    moods = [{"mood": "calm and polite"}, {"mood": "quick"}]
+    engine, asked = Scripted(), []
+    monkeypatch.setattr(
+        Scripted, "generate", lambda self, requests: asked.extend(requests) or generate(self, requests)
+    )
+    options = {"model": "moody", "data": "two.jsonl", "samples": 1, "chat_template_kwargs": moods[0]}
+    generate_data(settings(**options), engine=engine)
+    assert [request.template_kwargs for request in asked] == moods
+    assert [row["chat_template_kwargs"] for row in rows_of("out.jsonl")] == moods
+    moody = copy.deepcopy(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained("moody", dtype=torch.float32)
+    for row, sample, mood in zip(rows_of("out.jsonl"), samples_in(), moods, strict=True):
+        moody.chat_template = with_mood.replace("{{ mood }}", mood["mood"])
+        assert sample["perplexity"] == pytest.approx(naive_perplexity(model, moody, row["messages"]), rel=1e-4)
+    with pytest.raises(ValueError, match="other settings"):
+        generate_data(settings(**options | {"chat_template_kwargs": moods[1]}), engine=engine)
 
 
 def test_rephrase_shows_task_and_answer(place):
@@ -934,8 +964,12 @@ def test_data_in_parquet_and_in_a_saved_folder(place):
         ([{"messages": [{"role": "user", "content": "x"}]}], "row 0: `messages` must be a request and end with"),
         ([CHAT, {"messages": []}], "row 1: `messages` must"),
         ([{"prompt": "x", "completion": "y"}], "x, row 0: `prompt` and `completion` are plain text.*Give `messages`"),
-        ([CHAT, CHAT | {"tools": [{"type": "function"}]}], "x, row 1: the column 'tools' is not supported yet"),
-        ([CHAT | {"chat_template_kwargs": {"enable_thinking": False}}], "row 0: the column 'chat_template_kwargs'"),
+        ([CHAT, CHAT | {"tools": [{"type": "function"}]}], "x, row 1: the column 'tools' is not supported"),
+        ([CHAT, CHAT | {"chat_template_kwargs": "no"}], "row 1: 'chat_template_kwargs' must be a mapping"),
+        (
+            [CHAT, CHAT | {"chat_template_kwargs": {"enable_thinking": False}}],
+            r"the same keys in 'chat_template_kwargs', .*row 0 has \[\], row 1 has \['enable_thinking'\]",
+        ),
         ([{"prompt": [], "completion": [{"role": "assistant", "content": "y"}]}], "row 0: a request and an answer"),
         (
             [{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "tool", "content": "y"}]}],
@@ -1074,6 +1108,9 @@ def test_flags():
     assert parsed().sampling == Sampling(0.7, 0.95, 512, 0)
     server = parsed("--endpoint", "http://x/v1", "--endpoint-model", "m", "--concurrency", "2", "--timeout", "3")
     assert server.endpoint == Endpoint("http://x/v1", "m", 2, 3.0)
+    assert parsed("--chat-template-kwargs", '{"a": false}').chat_template_kwargs == {"a": False}
+    with pytest.raises(SystemExit):
+        parsed("--chat-template-kwargs", "[1]")
     with pytest.raises(ValueError, match="--endpoint-model, --max-retries: of no use without --endpoint URL"):
         parsed("--endpoint-model", "m", "--max-retries", "2")
 

@@ -62,7 +62,8 @@ def model(make_model):
 
 
 def prompt_of(tokenizer, request):
-    text = tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)
+    kwargs = request.template_kwargs or {}
+    text = tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True, **kwargs)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -241,6 +242,21 @@ def test_what_cannot_be_answered_is_an_error_of_its_own(make_model, tokenizer, m
     assert answers[1, 0].is_refused
 
 
+def test_what_the_template_is_given(model, tokenizer, monkeypatch):
+    with_mood = "{% if mood is defined %}<|im_start|>system\nBe {{ mood }}.<|im_end|>\n{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", with_mood + tokenizer.chat_template)
+    moods = [{"mood": "calm and polite"}, None, {"mood": "quick"}]
+    requests = [
+        request._replace(row=row, template_kwargs=kwargs)
+        for row, kwargs in enumerate(moods)
+        for request in requests_for(QUESTIONS[:1])
+    ]
+    assert len({len(prompt_of(tokenizer, request)) for request in requests}) == 3
+    answers = by_request(TransformersEngine(model, tokenizer, GREEDY, 3).generate(requests))
+    for request in requests:
+        assert answers[request.row, 0] == greedy_one_by_one(model, tokenizer, request, 12, [tokenizer.eos_token_id])
+
+
 def test_no_requests_no_answers(model, tokenizer):
     assert list(TransformersEngine(model, tokenizer, GREEDY, 2).generate([])) == []
 
@@ -381,7 +397,9 @@ def test_what_is_asked_and_what_is_answered(serve, monkeypatch):
         "seed": server.asked[0]["seed"],
     }
     assert server.asked == [expected, expected]
-    assert [headers["Authorization"] for headers in server.headers] == ["Bearer EMPTY", "Bearer mine"]
+    ask(server, [Request(4, 2, MESSAGES, {"enable_thinking": False})], sampling=sampling)
+    assert server.asked[2] == expected | {"chat_template_kwargs": {"enable_thinking": False}}
+    assert [headers["Authorization"] for headers in server.headers[:2]] == ["Bearer EMPTY", "Bearer mine"]
     assert not any("secret" in str(headers) for headers in server.headers)
 
 

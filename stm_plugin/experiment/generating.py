@@ -30,6 +30,7 @@ _KEYS = (*_OF_SETTINGS, *_OF_SAMPLING, *_ENDPOINT, *_OF_ENDPOINT)
 _WHOLE = ("samples", "max_new_tokens", "seed", "batch_size", "rows", "concurrency", "max_retries")
 _NUMBERS = ("temperature", "top_p", "timeout")
 _SWITCHES = ("load_in_4bit", "run_model_code")
+_MAPPINGS = ("chat_template_kwargs",)
 
 _NOT_THE_RESULT = ("batch_size", "device", "endpoint", *_OF_ENDPOINT)
 """Options that change how samples are had, and of which `stm generate` goes on with others' samples."""
@@ -171,6 +172,8 @@ def _check_kinds(options: Mapping[str, Any], where: str) -> None:
             fits, need = isinstance(value, int) and not isinstance(value, bool), "a whole number"
         elif key in _NUMBERS:
             fits, need = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+        elif key in _MAPPINGS:
+            fits, need = isinstance(value, dict), "a mapping"
         elif key == "dtype":
             fits, need = value in DTYPES, f"one of {', '.join(DTYPES)}"
         else:

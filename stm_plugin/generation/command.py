@@ -1,6 +1,7 @@
 """The command `stm generate`."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--template", type=Path, metavar="FILE", help="of rephrase: text with {instruction} and {answer}"
     )
     parser.add_argument(
+        "--chat-template-kwargs",
+        type=_mapping,
+        metavar="JSON",
+        help="what each chat's template is given, such as '{\"enable_thinking\": false}'; written to the rows too",
+    )
+    parser.add_argument(
         "--rejected", choices=REJECTED, default=GROUND_TRUTH, help="where no sample passes (default: %(default)s)"
     )
     parser.add_argument("--rows", type=int, metavar="N", help="take the first N rows")
@@ -96,6 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="variable that has the key (OPENAI_API_KEY, which is sent to hosts of openai.com only)",
     )
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    found = json.loads(text)  # argparse tells of a ValueError
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
 
 
 def main(args: argparse.Namespace) -> int:
@@ -149,7 +163,7 @@ def settings_of(args: argparse.Namespace) -> GenerateSettings:
         flags = ["--endpoint-model" if name == "model" else f"--{name.replace('_', '-')}" for name in given]
         raise ValueError(f"{', '.join(flags)}: of no use without --endpoint URL.")
     names = ["method", "model", "data", "output", "adapter", "samples", "batch_size", "dtype", "load_in_4bit"]
-    names += ["device", "verifier", "run_model_code", "template", "rejected", "rows", "again"]
+    names += ["device", "verifier", "run_model_code", "template", "chat_template_kwargs", "rejected", "rows", "again"]
     return GenerateSettings(
         **{name: getattr(args, name) for name in names},
         sampling=Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed),

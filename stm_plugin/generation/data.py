@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..measures.inputs import Row, as_chat, read_rows
+from ..measures.inputs import TEMPLATE_KWARGS, TOOLS, Row, as_chat, read_rows
 from .engines import Messages
 
 SOURCE = "stm_source"
@@ -15,8 +15,6 @@ GROUND_TRUTH = "ground-truth"
 
 _SAVED = ("state.json", "dataset_dict.json")
 _SPLIT = "train"
-_NOT_SUPPORTED = ("tools", "chat_template_kwargs")
-"""Columns from which TRL takes a part in how a chat is written."""
 
 
 class Problem(NamedTuple):
@@ -25,10 +23,12 @@ class Problem(NamedTuple):
     Attributes:
         messages: What is answered.
         answer: The human answer.
+        template_kwargs: Keyword arguments of the chat template.
     """
 
     messages: Messages
     answer: str
+    template_kwargs: dict[str, Any]
 
 
 def read_data(name: str, limit: int | None = None) -> list[Row]:
@@ -88,15 +88,40 @@ def problems_of(rows: Sequence[Row], name: str) -> list[Problem]:
         name: Says in errors which data set it is.
 
     Raises:
-        ValueError: For a row of another form, one whose answer is not text, or one with `tools` or
-            `chat_template_kwargs`, by which it would be trained on as another text than it is asked and scored as.
+        ValueError: For a row of another form, one whose answer is not text, one with `tools`, by which it would be
+            trained on as another text than it is asked as, or `chat_template_kwargs` that not all rows have.
     """
     problems = [_problem(row, f"{name}, row {index}") for index, row in enumerate(rows)]
     forms = [_form(row) for row in rows]
     if len(set(forms)) > 1:
         index = next(index for index, form in enumerate(forms) if form != forms[0])
         raise ValueError(f"{name}: all rows must have one form; row 0 has {forms[0]}, row {index} has {forms[index]}.")
+    for index, problem in enumerate(problems):
+        if problem.template_kwargs.keys() != problems[0].template_kwargs.keys():
+            raise ValueError(
+                f"{name}: all rows must have the same keys in {TEMPLATE_KWARGS!r}, or `datasets` gives each row all "
+                f"of them; row 0 has {sorted(problems[0].template_kwargs)}, row {index} has "
+                f"{sorted(problem.template_kwargs)}."
+            )
     return problems
+
+
+def with_template_kwargs(rows: Sequence[Row], kwargs: dict[str, Any] | None) -> list[Row]:
+    """Rows with keyword arguments for the chat template in the column where TRL looks for them; a row's own prevail.
+
+    Raises:
+        ValueError: For a row that has something else there.
+    """
+    if not kwargs:
+        return list(rows)
+    return [row | {TEMPLATE_KWARGS: kwargs | _template_kwargs(row, f"row {index}")} for index, row in enumerate(rows)]
+
+
+def _template_kwargs(row: Row, where: str) -> dict[str, Any]:
+    found = row.get(TEMPLATE_KWARGS) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: {TEMPLATE_KWARGS!r} must be a mapping, such as {{'enable_thinking': False}}.")
+    return found
 
 
 def _form(row: Row) -> str:
@@ -104,12 +129,11 @@ def _form(row: Row) -> str:
 
 
 def _problem(row: Row, where: str) -> Problem:
-    for column in _NOT_SUPPORTED:
-        if row.get(column):
-            raise ValueError(
-                f"{where}: the column {column!r} is not supported yet: the model would be asked and scored without "
-                "it, and trained with it. Remove the column."
-            )
+    if row.get(TOOLS):
+        raise ValueError(
+            f"{where}: the column {TOOLS!r} is not supported: the model would be asked without them, and trained with "
+            "them. Remove the column."
+        )
     chat = as_chat(row, where)
     prompt, completion = chat["prompt"], chat["completion"]
     if isinstance(prompt, str):
@@ -123,7 +147,7 @@ def _problem(row: Row, where: str) -> Problem:
     last = messages[-1]
     if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
         raise ValueError(f"{where}: the last message must be the assistant's, with text as its `content`.")
-    return Problem(messages[:-1], last["content"])
+    return Problem(messages[:-1], last["content"], _template_kwargs(row, where))
 
 
 def with_answer(row: Row, answer: str, source: str) -> Row:

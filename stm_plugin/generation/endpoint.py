@@ -199,6 +199,8 @@ class EndpointEngine:
             options: dict[str, Any] = {limit_name: self._sampling.max_new_tokens}
             if sends_seed:
                 options["seed"] = seed
+            if request.template_kwargs:  # as vLLM and SGLang call it
+                options["extra_body"] = {"chat_template_kwargs": request.template_kwargs}
             try:
                 response = await client.chat.completions.with_raw_response.create(
                     model=self._model,

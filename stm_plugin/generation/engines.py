@@ -39,11 +39,13 @@ class Request(NamedTuple):
         row: Index of the row that it is for.
         sample: Which of the row's samples it is, from 0.
         messages: What the model is to answer.
+        template_kwargs: Keyword arguments of the chat template; None for none.
     """
 
     row: int
     sample: int
     messages: Messages
+    template_kwargs: dict[str, Any] | None = None
 
 
 class Generated(NamedTuple):

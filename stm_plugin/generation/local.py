@@ -98,7 +98,7 @@ class TransformersEngine:
         from jinja2 import TemplateError
 
         try:
-            length = len(prompt_token_ids(self._tokenizer, request.messages))
+            length = len(prompt_token_ids(self._tokenizer, request.messages, request.template_kwargs))
         except TemplateError as error:
             return f"the chat template refuses the chat: {error}"
         window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -135,6 +135,7 @@ class TransformersEngine:
                     [request.messages for request in batch],
                     self._sampling.max_new_tokens,
                     len(batch),
+                    [request.template_kwargs for request in batch],
                     **options,
                 )
             except torch.OutOfMemoryError:

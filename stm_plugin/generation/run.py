@@ -12,7 +12,7 @@ from ..experiment.results import write_json
 from ..measures.inputs import LoadedModel, Row, load_model
 from .access import find_key
 from .choosing import choose
-from .data import GROUND_TRUTH, SOURCE, problems_of, read_data, rows_digest, with_answer
+from .data import GROUND_TRUTH, SOURCE, problems_of, read_data, rows_digest, with_answer, with_template_kwargs
 from .engines import ERROR, LENGTH, Engine, EngineError, Generated, Request
 from .progress import Progress, Say
 from .prompts import read_template, rephrase_messages
@@ -74,7 +74,8 @@ class _Run:
 
     def __init__(self, settings: GenerateSettings, say: Say, engine: Engine | None) -> None:
         self.settings, self.say, self.given_engine = settings, say, engine
-        self.rows = read_data(settings.data, settings.rows)
+        rows = read_data(settings.data, settings.rows)
+        self.rows = with_template_kwargs(rows, settings.chat_template_kwargs)
         self.problems = problems_of(self.rows, settings.data)
         self.verifier = make_verifier(settings.verifier, self.rows, run_model_code=settings.run_model_code)
         self.template = read_template(settings.template) if settings.method == REPHRASE else None
@@ -89,7 +90,8 @@ class _Run:
             if self.template is not None:
                 where = f"{self.settings.data}, row {row}"
                 messages = rephrase_messages(self.template, messages, problem.answer, where)
-            requests += [Request(row, sample, messages) for sample in range(self.settings.num_samples)]
+            samples = range(self.settings.num_samples)
+            requests += [Request(row, sample, messages, problem.template_kwargs) for sample in samples]
         return requests
 
     def run(self) -> Receipt:

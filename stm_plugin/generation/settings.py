@@ -62,6 +62,8 @@ class GenerateSettings:
         verifier: Name or dotted path; None for the one that the data's form suits.
         run_model_code: Whether a verifier may run code that the model wrote, contained.
         template: File with the template of `rephrase`; None for the default.
+        chat_template_kwargs: What the chat template of every row is given beside its messages, such as
+            `{"enable_thinking": False}`; it stands in the output's rows too.
         rejected: What becomes of a row of which no sample passes, one of `REJECTED`.
         rows: Most rows to take, from the first; None for all.
         endpoint: Server that generates; None to generate in process.
@@ -85,6 +87,7 @@ class GenerateSettings:
     verifier: str | None = None
     run_model_code: bool = False
     template: Path | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     rejected: str = GROUND_TRUTH
     rows: int | None = None
     endpoint: Endpoint | None = None

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 """One line of a JSON-lines file."""
 
+TOOLS, TEMPLATE_KWARGS = TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns from which TRL takes a part in how a chat is written."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -76,7 +79,8 @@ def prompt_of(row: Row, where: str) -> Prompt:
 def as_chat(row: Row, where: str) -> Row:
     """A row as prompt and completion, the form in which TRL trains on answers alone.
 
-    Of `messages`, the last one is the answer and all before it the prompt; `prompt` and `completion` stay as they are.
+    Of `messages`, the last one is the answer and all before it the prompt; `prompt` and `completion` stay as they are,
+    and so do the columns from which TRL takes a part in how a chat is written, where they say something.
 
     Args:
         row: Has `messages`, or `prompt` and `completion` (both text, or both lists of messages).
@@ -85,17 +89,18 @@ def as_chat(row: Row, where: str) -> Row:
     Raises:
         ValueError: For a row of another form, or one that does not end with an answer.
     """
+    written = {column: row[column] for column in TEMPLATE_COLUMNS if row.get(column)}
     if "messages" in row:
         messages = row["messages"]
         if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
             raise ValueError(f"{where}: `messages` must be a request and end with a message of the role assistant.")
-        return {"prompt": messages[:-1], "completion": messages[-1:]}
+        return {"prompt": messages[:-1], "completion": messages[-1:]} | written
     if "prompt" not in row or type(row["prompt"]) is not type(row.get("completion")):
         raise ValueError(
             f"{where}: needs `messages`, or `prompt` and `completion` that are both text or both lists of messages; "
             f"it has {sorted(row)}."
         )
-    return {"prompt": row["prompt"], "completion": row["completion"]}
+    return {"prompt": row["prompt"], "completion": row["completion"]} | written
 
 
 def read_samples(path: Path) -> list[list[str]]:
