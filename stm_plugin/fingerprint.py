@@ -107,6 +107,31 @@ def effective_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tenso
     yield from scalings.items()
 
 
+def weight_dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    """Dtype of every parameter but the adapters', each under its name without adapters; tied ones once."""
+    lm = causal_lm(model)
+    adapted = [
+        name for name, module in lm.named_modules() if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
+    ]
+
+    def is_an_adapter_s(name: str) -> bool:
+        inner = [f"{path}.{part}." for path in adapted for part in ("base_layer", "original_module")]
+        return name.startswith(tuple(f"{path}." for path in adapted)) and not name.startswith(tuple(inner))
+
+    weights = lm.named_parameters()
+    return {
+        _name_without_adapter(name.split(".")): weight.dtype for name, weight in weights if not is_an_adapter_s(name)
+    }
+
+
+def take_over_dtypes(model: torch.nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give a model the dtypes of another one's weights, as `weight_dtypes` has them; its adapters' own stay."""
+    for name, weight in causal_lm(model).named_parameters():
+        dtype = dtypes.get(_name_without_adapter(name.split(".")), weight.dtype)
+        if weight.is_floating_point() and dtype.is_floating_point:
+            weight.data = weight.data.to(dtype)
+
+
 def _lora_parts(lm: torch.nn.Module) -> tuple[set[str], dict[str, torch.Tensor]]:
     """Names of the adapter parts that leave the function as it is, and the scalings of the LoRA pairs that do not."""
     idle: set[str] = set()

@@ -85,7 +85,7 @@ class Backbone:
     def __init__(self, lm: PreTrainedModel):
         self._lm = lm
         self._device = lm.get_input_embeddings().weight.device
-        self._kept: tuple[np.ndarray, DynamicCache] | None = None
+        self._kept: tuple[np.ndarray, DynamicCache | None] | None = None
 
     def last_hidden_states(self, input_ids: np.ndarray, prefix: int) -> torch.Tensor:
         """What the backbone yields for each row's tokens; with a prefix, for those after it.
@@ -113,7 +113,7 @@ class Backbone:
         output = self._lm.base_model(input_ids=self._to_device(token_ids[None]), use_cache=True)
         cache = getattr(output, "past_key_values", None)
         if not _holds(cache, len(token_ids), _most_bytes(self._lm)):
-            return None
+            cache = None
         self._kept = (token_ids.copy(), cache)
         return cache
 
@@ -162,6 +162,7 @@ class _Prefix(DynamicCache):
     ) -> Any:
         attributes = vars(self.layers[layer_idx])
         before = attributes.copy()
-        joined = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        attributes.update(before)
-        return joined
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        finally:  # also where the device had no memory for a part of it
+            attributes.update(before)

@@ -74,6 +74,7 @@ def loaded_tuned_model(options: STMOptions, trained: Any, device: torch.device) 
     Raises:
         ValueError: If it, or the base of an adapter, cannot be loaded.
     """
+    from .fingerprint import quantization, take_over_dtypes, weight_dtypes
     from .scoring import causal_lm
 
     lm, name = causal_lm(trained), str(options.stm_tuned_model)
@@ -96,18 +97,10 @@ def loaded_tuned_model(options: STMOptions, trained: Any, device: torch.device) 
                 raise ValueError(
                     f"stm_tuned_model={name!r} is an adapter that does not fit its base {base!r}: {error}"
                 ) from error
-        _take_over_dtypes(model, trained)
+        if quantization(model) == quantization(trained):  # else it is refused, or packed weights would be cast
+            take_over_dtypes(model, weight_dtypes(trained))
         yield model
         del model
-
-
-def _take_over_dtypes(model: Any, trained: Any) -> None:
-    from .fingerprint import effective_tensors
-
-    dtypes = {name: tensor.dtype for name, tensor in effective_tensors(trained) if tensor.is_floating_point()}
-    for name, tensor in effective_tensors(model):
-        if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
 
 
 def trusted_code(lm: Any) -> dict[str, Any]:

@@ -24,7 +24,14 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from stm_plugin.fingerprint import effective_tensors, model_fingerprint, quantization, weights_dtype
+from stm_plugin.fingerprint import (
+    effective_tensors,
+    model_fingerprint,
+    quantization,
+    take_over_dtypes,
+    weight_dtypes,
+    weights_dtype,
+)
 
 SIZES = {
     "vocab_size": 97,
@@ -525,6 +532,26 @@ def test_effective_tensors_are_named_as_without_adapters():
     adapted = lora(llama(), modules_to_save=["lm_head"])
     assert sorted(name for name, _ in effective_tensors(adapted)) == sorted(plain)
     assert len(set(plain)) == len(plain)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("trained_adapter", ["none", "fresh", "trained"])
+def test_dtypes_that_are_taken_over(trained_adapter, is_tied):
+    """Those of the base alone, whatever adapters are on it or on the other model, trained or fresh."""
+    settings = {"modules_to_save": ["lm_head"]} if not is_tied else {}
+    trained = llama(tie_word_embeddings=is_tied).bfloat16()
+    if trained_adapter != "none":
+        trained = lora(trained, init_lora_weights=trained_adapter == "fresh", **settings).bfloat16()
+    trained.get_submodule("model" if trained_adapter == "none" else "base_model.model.model").norm.float()
+    tuned = lora(llama(seed=1, tie_word_embeddings=is_tied), init_lora_weights=False, **settings)
+    take_over_dtypes(tuned, weight_dtypes(trained))
+    found = {name: weight.dtype for name, weight in tuned.named_parameters()}
+    expected = {
+        name: torch.float32 if "lora_" in name or name.endswith("model.norm.weight") else torch.bfloat16
+        for name in found
+    }
+    assert found == expected
+    assert (tuned.get_input_embeddings().weight is tuned.get_output_embeddings().weight) == is_tied
 
 
 def test_hashing_leaves_the_model_as_it_was():

@@ -226,6 +226,32 @@ def test_a_longer_prefix_of_one_batch(passed):
     assert np.abs(plan.spread(np.concatenate(scores[1:])) - naive_nll(in_float64(model), documents)).max() < 1e-4
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize(("family", "options"), [("Llama", {}), ("Mistral", {"sliding_window": 20})])
+def test_out_of_memory_leaves_a_kept_prefix_as_it_was(family, options, number, passed, monkeypatch):
+    """Raised by hand, as no CPU has it, where keys and values of a batch are joined on: 2 layers, 2 of each."""
+    model = make_model(family, **options)
+    documents = make_documents(20, [40, 39, 38, 30, 29, 28])
+    plan = ScorePlan.of(documents)
+    batches = plan.batches(160)
+    assert [len(batch) for batch in batches] == [4, 2]
+    joined, cat = [], torch.cat
+
+    def join(tensors, *args, **keywords):
+        if keywords.get("dim") == -2 and tensors[0].numel() and len(tensors[0]) == 4:
+            joined.append(len(tensors[0]))
+            if len(joined) == number:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return cat(tensors, *args, **keywords)
+
+    monkeypatch.setattr(torch, "cat", join)
+    shapes = passed(model)
+    scores = Scorer(model, plan).score(batches)
+    assert shapes == [(1, 19), (4, 20), (2, 20), (2, 18), (2, 9)]
+    assert len(joined) == number
+    assert np.abs(plan.spread(np.concatenate(scores)) - naive_nll(in_float64(model), documents)).max() < 1e-4
+
+
 @pytest.mark.parametrize("tokens_per_block", [1, 50, 2**20])
 @pytest.mark.parametrize(
     ("num_shared", "lengths", "num_prompt", "expected"),
