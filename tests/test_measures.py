@@ -22,6 +22,7 @@ from stm_plugin.answers import TokenRow, greedy_answers
 from stm_plugin.measures import drift, weight_change
 from stm_plugin.measures.diversity import sample_answers, self_bleu
 from stm_plugin.measures.drift import Drift, RowDrift, measure_drift
+from stm_plugin.measures.inputs import as_chats
 from stm_plugin.measures.intervals import ratio_interval
 from stm_plugin.measures.perplexity import answer_tokens, common_rows, measure_perplexity, perplexity_summary
 from stm_plugin.measures.weight_change import adapter_change_norm, change_norm, checkpoint_change_norm
@@ -594,6 +595,28 @@ def test_earlier_answers_of_a_chat_are_context(make_model, tokenizer, chats) -> 
 
 
 MAX_LENGTH = 46
+
+
+def test_columns_that_a_chat_template_is_given() -> None:
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "id": 1}
+    chat = {"prompt": row["messages"][:1], "completion": row["messages"][1:]}
+    tools = [{"type": "function"}]
+    silent = {"tools": [], "chat_template_kwargs": None}
+    assert as_chats([row, row | silent], "x") == [chat, chat]
+    # All rows have the columns of any: `datasets` goes by the first.
+    assert as_chats([row, row | {"tools": tools}], "x") == [chat | {"tools": None}, chat | {"tools": tools}]
+    kwargs = [{"chat_template_kwargs": {"enable_thinking": value}} for value in (True, False)]
+    assert as_chats([row | some for some in kwargs], "x") == [chat | some for some in kwargs]
+    for rows, message in [
+        (
+            [row, row | kwargs[0]],
+            r"x: all rows must have the same keys in 'chat_template_kwargs', .*row 0 has \[\], row 1",
+        ),
+        ([row | {"chat_template_kwargs": ["a"]}], "x, row 0: 'chat_template_kwargs' must be a mapping"),
+        ([row | {"chat_template_kwargs": {"tokenize": True}}], "x, row 0: 'tokenize' is not for"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            as_chats(rows, "x")
 
 
 def test_rows_are_tokenized_as_for_training_and_nothing_else_changes(tokenizer, chats, tmp_path, monkeypatch) -> None:

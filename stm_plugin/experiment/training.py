@@ -16,7 +16,7 @@ from ..constants import RECEIPT_NAME
 from ..demo.model import MODEL_ID, find_model
 from ..documents import Documents
 from ..kl import KLSFTConfig, KLSFTTrainer
-from ..measures.inputs import as_chat, read_rows
+from ..measures.inputs import as_chats, read_rows, with_template_columns
 from ..options import REFERENCE_CURRENT
 from ..trl import STMSFTConfig, STMSFTTrainer
 from .checks import check_keys
@@ -152,15 +152,15 @@ def train(settings: Settings, data: Path, folder: Path, output: Path) -> None:
     parts = make_parts(settings, folder / "model", output)
     rows = training_rows(settings, data, output)
     if not parts.args.assistant_only_loss:
-        rows = [as_chat(row, f"{settings['data']}, row {index}") for index, row in enumerate(rows)]
+        chats = as_chats(rows, settings["data"])
     else:
-        rows = [{"messages": row["messages"]} for row in rows]
+        chats = with_template_columns([{"messages": row["messages"]} for row in rows], rows, settings["data"])
     path = model_folder(settings["model"])
     set_seed(settings["seed"])  # TRL 1.9 seeds only after it has made the adapter, whose A matrices are random
     trainer = parts.trainer_class(
         path,
         args=parts.args,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(chats),
         processing_class=AutoTokenizer.from_pretrained(path),
         peft_config=parts.peft_config,
     )

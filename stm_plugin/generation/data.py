@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..measures.inputs import TEMPLATE_KWARGS, TOOLS, Row, as_chat, read_rows
+from ..measures.inputs import TEMPLATE_KWARGS, TOOLS, Row, as_chat, read_rows, template_kwargs, template_kwargs_of
 from .engines import Messages
 
 SOURCE = "stm_source"
@@ -91,18 +91,12 @@ def problems_of(rows: Sequence[Row], name: str) -> list[Problem]:
         ValueError: For a row of another form, one whose answer is not text, one with `tools`, by which it would be
             trained on as another text than it is asked as, or `chat_template_kwargs` that not all rows have.
     """
-    problems = [_problem(row, f"{name}, row {index}") for index, row in enumerate(rows)]
+    kwargs = template_kwargs_of(rows, name)
+    problems = [_problem(row, f"{name}, row {index}", kwargs[index]) for index, row in enumerate(rows)]
     forms = [_form(row) for row in rows]
     if len(set(forms)) > 1:
         index = next(index for index, form in enumerate(forms) if form != forms[0])
         raise ValueError(f"{name}: all rows must have one form; row 0 has {forms[0]}, row {index} has {forms[index]}.")
-    for index, problem in enumerate(problems):
-        if problem.template_kwargs.keys() != problems[0].template_kwargs.keys():
-            raise ValueError(
-                f"{name}: all rows must have the same keys in {TEMPLATE_KWARGS!r}, or `datasets` gives each row all "
-                f"of them; row 0 has {sorted(problems[0].template_kwargs)}, row {index} has "
-                f"{sorted(problem.template_kwargs)}."
-            )
     return problems
 
 
@@ -114,21 +108,14 @@ def with_template_kwargs(rows: Sequence[Row], kwargs: dict[str, Any] | None) -> 
     """
     if not kwargs:
         return list(rows)
-    return [row | {TEMPLATE_KWARGS: kwargs | _template_kwargs(row, f"row {index}")} for index, row in enumerate(rows)]
-
-
-def _template_kwargs(row: Row, where: str) -> dict[str, Any]:
-    found = row.get(TEMPLATE_KWARGS) or {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: {TEMPLATE_KWARGS!r} must be a mapping, such as {{'enable_thinking': False}}.")
-    return found
+    return [row | {TEMPLATE_KWARGS: kwargs | template_kwargs(row, f"row {index}")} for index, row in enumerate(rows)]
 
 
 def _form(row: Row) -> str:
     return "messages" if "messages" in row else "prompt and completion"
 
 
-def _problem(row: Row, where: str) -> Problem:
+def _problem(row: Row, where: str, kwargs: dict[str, Any]) -> Problem:
     if row.get(TOOLS):
         raise ValueError(
             f"{where}: the column {TOOLS!r} is not supported: the model would be asked without them, and trained with "
@@ -147,7 +134,7 @@ def _problem(row: Row, where: str) -> Problem:
     last = messages[-1]
     if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
         raise ValueError(f"{where}: the last message must be the assistant's, with text as its `content`.")
-    return Problem(messages[:-1], last["content"], _template_kwargs(row, where))
+    return Problem(messages[:-1], last["content"], kwargs)
 
 
 def with_answer(row: Row, answer: str, source: str) -> Row:

@@ -15,7 +15,7 @@ from ..tokens import visible
 from .inputs import (
     DTYPES,
     LoadedModel,
-    as_chat,
+    as_chats,
     base_of,
     is_adapter,
     load_model,
@@ -276,8 +276,7 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
         data = common_rows(data, args.common, args.limit)
     data = {label: rows[: args.limit] for label, rows in data.items()}
     for label, rows in data.items():
-        for index, row in enumerate(rows):
-            as_chat(row, f"{label}, row {index}")  # before a model is loaded
+        as_chats(rows, label)  # before a model is loaded
     loaded = _load(args, args.model)
     summaries = measure_perplexity(
         loaded.model,

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 """One line of a JSON-lines file."""
 
-TOOLS, TEMPLATE_KWARGS = TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+TOOLS, TEMPLATE_KWARGS = "tools", "chat_template_kwargs"
 """Columns from which TRL takes a part in how a chat is written."""
+_GIVEN_BY_US = ("tokenize", "add_generation_prompt", "tools", "return_dict")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -79,8 +80,7 @@ def prompt_of(row: Row, where: str) -> Prompt:
 def as_chat(row: Row, where: str) -> Row:
     """A row as prompt and completion, the form in which TRL trains on answers alone.
 
-    Of `messages`, the last one is the answer and all before it the prompt; `prompt` and `completion` stay as they are,
-    and so do the columns from which TRL takes a part in how a chat is written, where they say something.
+    Of `messages`, the last one is the answer and all before it the prompt; `prompt` and `completion` stay as they are.
 
     Args:
         row: Has `messages`, or `prompt` and `completion` (both text, or both lists of messages).
@@ -89,18 +89,78 @@ def as_chat(row: Row, where: str) -> Row:
     Raises:
         ValueError: For a row of another form, or one that does not end with an answer.
     """
-    written = {column: row[column] for column in TEMPLATE_COLUMNS if row.get(column)}
     if "messages" in row:
         messages = row["messages"]
         if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
             raise ValueError(f"{where}: `messages` must be a request and end with a message of the role assistant.")
-        return {"prompt": messages[:-1], "completion": messages[-1:]} | written
+        return {"prompt": messages[:-1], "completion": messages[-1:]}
     if "prompt" not in row or type(row["prompt"]) is not type(row.get("completion")):
         raise ValueError(
             f"{where}: needs `messages`, or `prompt` and `completion` that are both text or both lists of messages; "
             f"it has {sorted(row)}."
         )
-    return {"prompt": row["prompt"], "completion": row["completion"]} | written
+    return {"prompt": row["prompt"], "completion": row["completion"]}
+
+
+def as_chats(rows: Sequence[Row], name: str) -> list[Row]:
+    """Rows as `as_chat` has them, with their template columns (see `with_template_columns`).
+
+    Raises:
+        ValueError: As both do.
+    """
+    chats = [as_chat(row, f"{name}, row {index}") for index, row in enumerate(rows)]
+    return with_template_columns(chats, rows, name)
+
+
+def with_template_columns(chats: Sequence[Row], rows: Sequence[Row], name: str) -> list[Row]:
+    """Chats with the columns of their rows from which TRL takes a part in how a chat is written.
+
+    Args:
+        chats: What is to be trained on or scored, one of each row.
+        rows: May have `tools` and `chat_template_kwargs`.
+        name: Says in errors which data set it is.
+
+    Returns:
+        The chats, all with the same columns, as `datasets` needs them: it goes by those of the first.
+
+    Raises:
+        ValueError: As for `template_kwargs_of`.
+    """
+    columns: list[Row] = [{} for _ in rows]
+    if any(row.get(TOOLS) for row in rows):
+        columns = [{TOOLS: row.get(TOOLS) or None} for row in rows]
+    kwargs = template_kwargs_of(rows, name)
+    if any(kwargs):
+        columns = [column | {TEMPLATE_KWARGS: some} for column, some in zip(columns, kwargs, strict=True)]
+    return [chat | column for chat, column in zip(chats, columns, strict=True)]
+
+
+def template_kwargs_of(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
+    """What each row's `chat_template_kwargs` say.
+
+    Raises:
+        ValueError: For one that is no mapping, or has not the keys that the others have: `datasets` would give each
+            row all of them.
+    """
+    found = [template_kwargs(row, f"{name}, row {index}") for index, row in enumerate(rows)]
+    for index, kwargs in enumerate(found):
+        if kwargs.keys() != found[0].keys():
+            raise ValueError(
+                f"{name}: all rows must have the same keys in {TEMPLATE_KWARGS!r}, or `datasets` gives each row all "
+                f"of them; row 0 has {sorted(found[0])}, row {index} has {sorted(kwargs)}."
+            )
+    return found
+
+
+def template_kwargs(row: Row, where: str) -> dict[str, Any]:
+    """What a row's `chat_template_kwargs` say; `where` says in errors which row it is."""
+    found = row.get(TEMPLATE_KWARGS) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: {TEMPLATE_KWARGS!r} must be a mapping, such as {{'enable_thinking': False}}.")
+    for key in _GIVEN_BY_US:
+        if key in found:
+            raise ValueError(f"{where}: {key!r} is not for {TEMPLATE_KWARGS!r}: it is set already. Remove it.")
+    return found
 
 
 def read_samples(path: Path) -> list[list[str]]:

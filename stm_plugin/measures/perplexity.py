@@ -17,7 +17,7 @@ import numpy as np
 
 from ..constants import IGNORE_INDEX
 from ..selection import check_scores, perplexity
-from .inputs import Row, as_chat
+from .inputs import Row, as_chat, as_chats
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,7 +97,7 @@ def measure_perplexity(
     Args:
         model: Causal language model.
         tokenizer: Its tokenizer.
-        data: Rows of each data set by its name (see `inputs.as_chat` for their form).
+        data: Rows of each data set by its name (see `inputs.as_chats` for their form).
         max_length: As for `answer_tokens`.
         paired: Whether the data sets are the same problems in the same order (`common_rows`), so that a row that
             `max_length` leaves without an answer in one is left out of all.
@@ -149,9 +149,7 @@ def answer_tokens(
     from trl import SFTConfig, SFTTrainer
 
     chats = {
-        name: datasets.Dataset.from_list(
-            [as_chat(row, f"{name}, row {index}") | {_ROW: index} for index, row in enumerate(rows)]
-        )
+        name: datasets.Dataset.from_list([chat | {_ROW: index} for index, chat in enumerate(as_chats(rows, name))])
         for name, rows in data.items()
     }
     if not all(map(len, chats.values())):
