@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"{QUICK_ROWS} training rows and short answers: at most 2 minutes on 2 cores instead of 10",
+        help=f"{QUICK_ROWS} training rows and short answers: at most 2 minutes on 2 cores instead of 8",
     )
     parser.add_argument(
         "--rows", type=int, metavar="N", help=f"training rows (default: {DEFAULT_ROWS}, with --quick {QUICK_ROWS})"
