@@ -74,12 +74,13 @@ class ScorePlan:
         if len(self) < 2:
             return 0
         documents = self.documents
-        starts = documents.document_offsets[self.members]
         length = int(self.lengths[-1]) - 1
-        first = documents.input_ids[starts[0] : starts[0] + length]
+        start = documents.document_offsets[self.members[0]]
+        first = documents.input_ids[start : start + length]
         done = 0
         while length and done < len(self):
-            block = starts[done : done + max(1, _TOKENS_PER_BLOCK // (length + 1)), None]
+            members = self.members[done : done + max(1, _TOKENS_PER_BLOCK // (length + 1))]
+            block = documents.document_offsets[members][:, None]
             differs = (documents.input_ids[block + np.arange(length)] != first[:length]).any(axis=0)
             # the token at t is predicted at t - 1
             predicts = documents.label_mask[block + np.arange(1, length + 1)].any(axis=0)

@@ -259,7 +259,8 @@ def test_auto_find_batch_size_scores_once_and_keeps_the_order(
         found.append(trainer)
     assert failed
     plan = trainer._stm_run.plan
-    assert count.training.count(False) == len(plan) + (plan.common_prefix > 0)  # what all begin with runs once
+    assert plan.common_prefix > 0
+    assert count.training.count(False) == len(plan) + 1  # each once, and once what all begin with
     assert _labels(trainer) == masked_rows(plain, nll, math.log(threshold))
     one, other = found
     assert one._train_batch_size == other._train_batch_size < 8
