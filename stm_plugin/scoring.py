@@ -242,18 +242,40 @@ def token_nll(
         NLL in nats, shape `(N,)`, float32, on the device of the hidden states.
     """
     size = _labels_per_slice(model)
+    label_nll = _LabelNLL()
     nll = [hidden_states.new_zeros(0, dtype=torch.float32)]
     for start in range(0, len(labels), size):
         logits = _head_logits(model, hidden_states[start : start + size])
         some_labels = labels[start : start + size].to(logits.device)
         rows = size if logits.device.type != "cpu" else max(1, LOGITS_PER_SOFTMAX // logits.shape[-1])
         for part, part_labels in zip(logits.split(rows), some_labels.split(rows), strict=True):
-            # log_softmax over `(n, V)`, gathered at the labels
-            part_nll = F.cross_entropy(part.float(), part_labels, reduction="none")
-            nll.append(part_nll.to(hidden_states.device))
+            nll.append(label_nll(part, part_labels).to(hidden_states.device))
     for _ in range(-(-len(labels) // size), num_slices):
         _head_logits(model, hidden_states.new_zeros(1, hidden_states.shape[-1]))
     return torch.cat(nll)
+
+
+class _LabelNLL:
+    """`-log_softmax` of logits `(n, V)` in float32, at the labels `(n,)`.
+
+    On a CPU the float32 values stay in the memory of the first call, which has the largest n: fresh memory of this size
+    comes from the kernel page by page, at up to ten times the cost of the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._logits = self._log_probs = torch.empty(0)
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if logits.device.type != "cpu":
+            return F.cross_entropy(logits.float(), labels, reduction="none")
+        if len(self._log_probs) < len(logits):
+            self._log_probs = torch.empty(logits.shape, dtype=torch.float32)
+        if logits.dtype != torch.float32:
+            if len(self._logits) < len(logits):
+                self._logits = torch.empty(logits.shape, dtype=torch.float32)
+            logits = self._logits[: len(logits)].copy_(logits)
+        log_probs = torch.log_softmax(logits, dim=-1, out=self._log_probs[: len(logits)])
+        return -log_probs.gather(1, labels[:, None])[:, 0]
 
 
 def _labels_per_slice(lm: PreTrainedModel) -> int:

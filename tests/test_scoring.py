@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 from stm_plugin import scoring
@@ -525,6 +526,21 @@ def test_token_nll_is_its_naive_equivalent(llama):
         expected = -llama.lm_head(hidden_states).double().log_softmax(-1)[range(9), labels]
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_nll_in_parts_of_every_length_is_torchs(dtype, monkeypatch):
+    """Bit for bit: the memory that is kept from part to part holds nothing over."""
+    monkeypatch.setattr(scoring, "LOGITS_PER_SLICE", 7 * VOCAB_SIZE)
+    monkeypatch.setattr(scoring, "LABELS_PER_SLICE_ON_CPU", 7)
+    monkeypatch.setattr(scoring, "LOGITS_PER_SOFTMAX", 3 * VOCAB_SIZE)
+    torch.manual_seed(3)
+    model = make_model().to(dtype)
+    hidden_states, labels = 5 * torch.randn(17, 48, dtype=dtype), torch.randint(0, VOCAB_SIZE, (17,))
+    with torch.no_grad():
+        found = token_nll(model, hidden_states, labels)
+        logits = torch.cat([model.lm_head(part) for part in hidden_states.split(7)])
+    assert torch.equal(found, F.cross_entropy(logits.float(), labels, reduction="none"))
 
 
 def test_no_gradient_is_kept(llama):
