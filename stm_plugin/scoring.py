@@ -37,8 +37,8 @@ LOGITS_PER_SLICE = 2**24
 """Most logits that exist at a time, but for a CPU: 64 MiB in float32, whatever the vocabulary and the batch."""
 
 LABELS_PER_SLICE_ON_CPU = 192
-"""Labels that a CPU takes through the head at least, in up to three times as many logits: each time it reads the whole
-weight, and a product with fewer rows takes up to a quarter longer."""
+"""Labels that a CPU takes through the head at least in float32, in up to three times as many logits: each time it reads
+the whole weight, and a product with fewer rows takes up to a quarter longer. Of two bytes, twice as many of both."""
 
 LOGITS_PER_SOFTMAX = 2**20
 """Most logits that a CPU takes through the softmax at a time: what its caches and allocator hold on to."""
@@ -123,7 +123,8 @@ class Scorer:
         nll[t] = -log_probs[t - 1, labels[t]]
 
     Logits exist only for the positions that predict a label token, at most `LOGITS_PER_SLICE` values at a time, on a
-    CPU three times as many. The model's training flags and all random number generators are left as they were.
+    CPU three times as many (of two bytes: six times). The model's training flags and all random number generators are
+    left as they were.
 
     Args:
         model: Causal language model, with or without adapters; not wrapped for distribution.
@@ -282,7 +283,8 @@ def _labels_per_slice(lm: PreTrainedModel) -> int:
     vocab_size = lm.config.get_text_config().vocab_size
     size = LOGITS_PER_SLICE // vocab_size
     if lm.device.type == "cpu":
-        size = max(size, min(LABELS_PER_SLICE_ON_CPU, 3 * LOGITS_PER_SLICE // vocab_size))
+        labels_in_float32 = min(LABELS_PER_SLICE_ON_CPU, 3 * LOGITS_PER_SLICE // vocab_size)
+        size = max(size, labels_in_float32 * torch.float32.itemsize // lm.dtype.itemsize)
     return max(1, size)
 
 

@@ -539,7 +539,7 @@ def test_token_nll_in_parts_of_every_length_is_torchs(dtype, monkeypatch):
     hidden_states, labels = 5 * torch.randn(17, 48, dtype=dtype), torch.randint(0, VOCAB_SIZE, (17,))
     with torch.no_grad():
         found = token_nll(model, hidden_states, labels)
-        logits = torch.cat([model.lm_head(part) for part in hidden_states.split(7)])
+        logits = torch.cat([model.lm_head(part) for part in hidden_states.split(7 * 4 // dtype.itemsize)])
     assert torch.equal(found, F.cross_entropy(logits.float(), labels, reduction="none"))
 
 
