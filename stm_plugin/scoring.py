@@ -37,7 +37,7 @@ LOGITS_PER_SLICE = 2**24
 """Most logits that exist at a time, but for a CPU: 64 MiB in float32, whatever the vocabulary and the batch."""
 
 LABELS_PER_SLICE_ON_CPU = 192
-"""Labels that a CPU takes through the head at least in float32, in up to three times as many logits: each time it reads
+"""Labels that a CPU takes through the head at least in float32, in up to three times the logits: each time it reads
 the whole weight, and a product with fewer rows takes up to a quarter longer. Of two bytes, twice as many of both."""
 
 LOGITS_PER_SOFTMAX = 2**20
@@ -259,7 +259,7 @@ def token_nll(
 class _LabelNLL:
     """`-log_softmax` of logits `(n, V)` in float32, at the labels `(n,)`.
 
-    On a CPU the float32 values stay in the memory of the first call, which has the largest n: fresh memory of this size
+    On a CPU the float32 values stay in the memory of the first call, which has the largest n: fresh memory so large
     comes from the kernel page by page, at up to ten times the cost of the arithmetic.
     """
 
