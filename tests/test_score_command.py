@@ -252,21 +252,35 @@ def test_yaml_of_a_training_run(workplace, caplog):
     assert caplog.text.count("Scores: made in") == 1
 
 
-def test_two_processes_leave_what_one_does(workplace):
-    alone = Path(stm_score("--tokens-per-batch", "64")["receipt"]["scores_entry"])
+def in_two_processes(module, *flags):
+    """Run a module's command in two processes that keep their scores in `two`; its output."""
     environment = os.environ | {"STM_HOME": "two", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += ["-m", "stm_plugin.score_command"]  # not by `accelerate launch --cpu`, which starts one process
-    where = ["--model_name_or_path", "model", "--dataset_name", "chats.jsonl", "--tokens-per-batch", "64"]
-    done = subprocess.run(
-        [*launch, *where, *FLAGS], env=environment, cwd=workplace, capture_output=True, text=True, timeout=300
-    )
+    launch += ["-m", module]  # not by `accelerate launch --cpu`, which starts one process
+    done = subprocess.run([*launch, *flags], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Scores: two") == 1
+    return done.stdout
+
+
+def test_two_processes_leave_what_one_does(workplace):
+    alone = Path(stm_score("--tokens-per-batch", "64")["receipt"]["scores_entry"])
+    where = ["--model_name_or_path", "model", "--dataset_name", "chats.jsonl", "--tokens-per-batch", "64"]
+    assert in_two_processes("stm_plugin.score_command", *where, *FLAGS).count("Scores: two") == 1
     both = workplace / "two" / "scores" / alone.name
     assert {file.name: file.read_bytes() for file in both.iterdir()} == {
         file.name: file.read_bytes() for file in alone.iterdir()
     }
+
+
+def test_two_processes_train_on_the_masks_of_one(workplace):
+    flags = ["--model_name_or_path", "model", "--dataset_name", "chats.jsonl", *FLAGS]
+    flags += ["--max_steps", "1", "--per_device_train_batch_size", "1"]
+    assert main(["sft", *flags, "--output_dir", "alone"]) == 0
+    in_two_processes("stm_plugin.sft", *flags, "--output_dir", "both")
+    alone, both = (json.loads(Path(name, "stm.json").read_text(encoding="utf-8")) for name in ("alone", "both"))
+    assert both["mask_digest"] == alone["mask_digest"]
+    states = [json.loads(Path(name, "checkpoint-1/trainer_state.json").read_text()) for name in ("alone", "both")]
+    assert states[1]["epoch"] == 2 * states[0]["epoch"]  # two rows a step, not one
 
 
 # A look at stored scores.
