@@ -1,6 +1,7 @@
 """Scoring beside its floor and beside the paper's loop, for one model and dtype: a part of `benchmark.py`."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -116,10 +117,13 @@ def measure(name: str, dtype: str, num_rows: int, pairs: int, chats_file: str = 
     """Tokens a second of scoring, its floor and the paper's loop, in turns; and what the float32 softmax takes.
 
     Returns:
-        Rates, ratios (medians over rounds) and the largest difference between the NLL of scoring and of the loop.
+        Rates, ratios (medians over rounds), and between scoring and the loop the largest difference of an NLL and the
+        share of label tokens that only one of them masks at the default threshold.
     """
     import numpy as np
     import torch
+
+    from stm_plugin.options import STMOptions
 
     model, plan = load(name, dtype, num_rows, chats_file)
     num_tokens = int(plan.lengths.sum())
@@ -143,6 +147,7 @@ def measure(name: str, dtype: str, num_rows: int, pairs: int, chats_file: str = 
     def ratio(one: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
+    nats = math.log(STMOptions().threshold)
     return {
         "tokens": num_tokens,
         "label_tokens": plan.num_scores,
@@ -155,6 +160,7 @@ def measure(name: str, dtype: str, num_rows: int, pairs: int, chats_file: str = 
         "times_the_papers_loop": ratio("paper", "scoring"),
         "softmax_share_of_scoring": ratio("softmax", "scoring"),
         "largest_nll_difference": float(np.abs(outcomes["scoring"] - outcomes["paper"]).max()),
+        "masked_otherwise": float(np.mean((outcomes["scoring"] > nats) != (outcomes["paper"] > nats))),
         **(arithmetic_limit(model, plan, num_tokens) if torch.cuda.is_available() else {}),
     }
 
