@@ -6,16 +6,18 @@ import os
 import sys
 from collections.abc import Callable
 
-from . import __version__, inspection, sweep
+from . import __version__
 from ._compat import MissingExtraError
 from .demo import run as demo
 from .experiment import command as experiment
 from .forgetting import command as forgetting
 from .generation import command as generate
+from .inspection import inspect_command as inspect
+from .inspection import sweep_command as sweep
+from .inspection.sources import names_a_model
 from .measures import command as measure
 from .report import command as report
 from .sandbox import SandboxError
-from .scored import names_a_model
 
 _EPILOG = """\
 examples:
@@ -81,7 +83,7 @@ def make_parser(scores_now: bool = False) -> argparse.ArgumentParser:
     demo.add_arguments(command)
     command.set_defaults(run=demo.main)
     for name, module, text in (
-        ("inspect", inspection, "show rows in the terminal, with what is masked in them"),
+        ("inspect", inspect, "show rows in the terminal, with what is masked in them"),
         ("sweep", sweep, "show what a range of thresholds masks"),
         ("report", report, "write a page of HTML that shows what is masked and moves the threshold"),
     ):

@@ -28,6 +28,7 @@ from .checkpoint import STMState
 from .collators import MaskCounter
 from .constants import MASKED_COLUMN, REPORT_NAME
 from .host import Host
+from .inspection.scored import ScoredData
 from .live import MaskingLive
 from .logs import show_log_lines
 from .masks import check_unmasked
@@ -35,7 +36,6 @@ from .options import REFERENCE_CURRENT, STMOptions
 from .randomness import RandomState, preserved_random_state
 from .receipt import Receipt, write_receipt
 from .report.page import write_report
-from .scored import ScoredData
 from .scoring import check_scorable
 
 if TYPE_CHECKING:

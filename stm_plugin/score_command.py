@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .constants import REPORT_NAME
+from .inspection.sweep import THRESHOLDS, sweep_of
 from .report.page import write_report
 from .store import EntryReport, ScoresError, entries
-from .sweep import THRESHOLDS, sweep_of
 
 _JSON_HELP = "Write the result to this file too, as JSON."
 

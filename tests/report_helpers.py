@@ -8,8 +8,8 @@ from store_helpers import write
 
 from stm_plugin.document_store import KeptDocuments
 from stm_plugin.documents import Documents
+from stm_plugin.inspection.scored import ScoredData
 from stm_plugin.plan import ScorePlan
-from stm_plugin.scored import ScoredData
 from stm_plugin.store import ScoresKey, ScoreStore
 
 IGNORE = -100

@@ -10,7 +10,7 @@ from axolotl_helpers import LORA, axolotl, base_model, make_config, one_process,
 from test_report import check_against_receipt
 
 from stm_plugin.cli import main
-from stm_plugin.scored import read_scored
+from stm_plugin.inspection.scored import read_scored
 
 __all__ = ["base_model", "make_config", "one_process"]
 

@@ -7,7 +7,7 @@ import pytest
 from report_helpers import IGNORE, WORDS, masked_rows, nll_rows, random_rows, scored, stored
 
 from stm_plugin.cli import main
-from stm_plugin.inspection import Style, heading, row_lines
+from stm_plugin.inspection.rows import Style, heading, row_lines
 from stm_plugin.options import STMOptions
 
 ANSI = re.compile(r"\x1b\[([0-9;]*)m")

@@ -17,10 +17,10 @@ from report_helpers import IGNORE, WORDS, kept_of, masked_rows, nll_rows, random
 
 from stm_plugin import mask_labels
 from stm_plugin.cli import main
+from stm_plugin.inspection.scored import ScoredData
 from stm_plugin.options import STMOptions
 from stm_plugin.report.figures import make_figures, pair_rows
 from stm_plugin.report.page import chosen_rows, make_page, write_report
-from stm_plugin.scored import ScoredData
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = [

@@ -13,8 +13,7 @@ import pytest
 from report_helpers import masked_rows, nll_rows, random_rows, scored, stored
 
 from stm_plugin.cli import main
-from stm_plugin.options import STMOptions
-from stm_plugin.sweep import (
+from stm_plugin.inspection.sweep import (
     FRACTIONS,
     PAPER_FRACTION,
     QUANTILES,
@@ -23,6 +22,7 @@ from stm_plugin.sweep import (
     shortest_threshold,
     sweep_of,
 )
+from stm_plugin.options import STMOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 

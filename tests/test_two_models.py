@@ -154,7 +154,7 @@ from trl_helpers import (
 )
 
 from stm_plugin.cli import main
-from stm_plugin.scored import read_scored
+from stm_plugin.inspection.scored import read_scored
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

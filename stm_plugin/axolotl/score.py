@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..sweep import sweep_of
+from ..inspection.sweep import sweep_of
 from .names import ADD_THE_LINE, is_active
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..constants import REPORT_NAME
-from ..scored import RULE, add_source, options_of, scored_of
+from ..inspection.sources import RULE, add_source, options_of, scored_of
 from .figures import make_figures
 from .page import write_page
 

@@ -13,11 +13,11 @@ from functools import cached_property
 import numpy as np
 
 from ..constants import DEFAULT_THRESHOLD
+from ..inspection.scored import ScoredData
+from ..inspection.sweep import THRESHOLDS, shortest_threshold
 from ..masks import Masks, candidate_scores, threshold_in_nats
 from ..options import STMOptions
-from ..scored import ScoredData
 from ..selection import effective_scores
-from ..sweep import THRESHOLDS, shortest_threshold
 from ..tokens import TOKEN_CLASSES, token_classes, visible
 
 BINS_PER_DECADE = 10

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..constants import DEFAULT_THRESHOLD
+from ..inspection.scored import ScoredData
+from ..inspection.sweep import PAPER_BAND
 from ..receipt import Receipt
-from ..scored import ScoredData
-from ..sweep import PAPER_BAND
 from ..tokens import visible
 from .figures import BINS_PER_DECADE, Figures, Group, make_figures, pair_rows
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from .._compat import missing_extra
+from ..inspection.sweep import PAPER_BAND
 from ..selection import perplexity
-from ..sweep import PAPER_BAND
 from ..tokens import visible
 from .figures import BINS_PER_DECADE, Figures
 

@@ -1,19 +1,16 @@
-"""`stm sweep`: what a range of thresholds and fractions would mask, from stored scores alone."""
+"""What a range of thresholds and fractions would mask, from stored scores alone."""
 
-import argparse
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from .documents import Documents
-from .masks import apply_threshold, candidate_scores, threshold_in_nats
-from .options import STMOptions, least_threshold
-from .scored import RULE, ScoredData, add_source, options_of, scored_of
-from .selection import check_scores, perplexity
-from .tokens import visible
+from ..documents import Documents
+from ..masks import apply_threshold, candidate_scores, threshold_in_nats
+from ..options import STMOptions, least_threshold
+from ..selection import check_scores, perplexity
+from .scored import ScoredData
 
 THRESHOLDS = (1.5, 2.0, 2.5, 3.0, 5.0, 10.0, 25.0, 100.0, 1000.0)
 FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.22, 0.24, 0.3, 0.4)
@@ -209,25 +206,6 @@ def shortest_threshold(scores: np.ndarray, threshold_nats: float, strategy: str 
             if value > least and lowest <= math.log(value) < highest:
                 return value
     return exact
-
-
-def add_arguments(parser: argparse.ArgumentParser, scores_now: bool = False) -> None:
-    """Add the options of `stm sweep`."""
-    add_source(parser, None if scores_now else 1, RULE[2:])
-    parser.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS, metavar="PERPLEXITY")
-    parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS, metavar="SHARE")
-    parser.add_argument(
-        "--share", type=float, default=PAPER_FRACTION, help="name the threshold that masks this share (0.22)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run `stm sweep`."""
-    (data,) = scored_of(args)
-    sweep = sweep_of(data, args.thresholds, args.fractions, args.share, options_of(args, data))
-    print(json.dumps(sweep.as_json(), indent=2) if args.json else "\n".join([visible(data.name), *sweep.lines()]))
-    return 0
 
 
 def sweep_of(
