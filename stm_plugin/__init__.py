@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .axolotl.plugin import STMPlugin
-    from .scoring import score_dataset
+    from .scoring.nll import score_dataset
     from .selection import mask_labels
     from .trl import STMSFTConfig, STMSFTTrainer
 
@@ -16,7 +16,7 @@ _PUBLIC = {
     "STMSFTConfig": ".trl",
     "STMSFTTrainer": ".trl",
     "mask_labels": ".selection",
-    "score_dataset": ".scoring",
+    "score_dataset": ".scoring.nll",
 }
 
 __all__ = ["STMPlugin", "STMSFTConfig", "STMSFTTrainer", "mask_labels", "score_dataset"]

@@ -65,7 +65,7 @@ def generate(
     import torch
     from transformers import GenerationConfig
 
-    from .scoring import eval_mode
+    from .scoring.nll import eval_mode
 
     kwargs = template_kwargs or [None] * len(prompts)
     prompt_ids = [prompt_token_ids(tokenizer, *each) for each in zip(prompts, kwargs, strict=True)]

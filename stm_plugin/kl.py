@@ -16,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 
 from ._compat import check_trl_version
 from .constants import IGNORE_INDEX
-from .fingerprint import effective_tensors, model_fingerprint
-from .scoring import causal_lm, eval_mode
+from .scoring.fingerprint import effective_tensors, model_fingerprint
+from .scoring.nll import causal_lm, eval_mode
 
 check_trl_version()
 

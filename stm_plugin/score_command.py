@@ -16,7 +16,7 @@ from typing import Any
 from .constants import REPORT_NAME
 from .inspection.sweep import THRESHOLDS, sweep_of
 from .report.page import write_report
-from .store import EntryReport, ScoresError, entries
+from .scoring.store import EntryReport, ScoresError, entries
 
 _JSON_HELP = "Write the result to this file too, as JSON."
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .documents import Documents
+from .scoring.documents import Documents
 
 TOKEN_CLASSES = (
     "whitespace",

@@ -12,8 +12,8 @@ from trl import SFTConfig, SFTTrainer
 from ._compat import check_trl_version
 from .constants import PAPER_CITATION, PAPER_ID, PAPER_TITLE
 from .logs import show_log_lines
-from .masks import check_unmasked
-from .mixin import STMTrainerMixin
+from .masking.masks import check_unmasked
+from .masking.mixin import STMTrainerMixin
 from .options import STMOptions
 
 logger = logging.getLogger(__name__)

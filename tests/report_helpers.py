@@ -6,11 +6,11 @@ from itertools import pairwise
 import numpy as np
 from store_helpers import write
 
-from stm_plugin.document_store import KeptDocuments
-from stm_plugin.documents import Documents
 from stm_plugin.inspection.scored import ScoredData
-from stm_plugin.plan import ScorePlan
-from stm_plugin.store import ScoresKey, ScoreStore
+from stm_plugin.scoring.document_store import KeptDocuments
+from stm_plugin.scoring.documents import Documents
+from stm_plugin.scoring.plan import ScorePlan
+from stm_plugin.scoring.store import ScoresKey, ScoreStore
 
 IGNORE = -100
 WORDS = [

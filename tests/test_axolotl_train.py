@@ -312,10 +312,10 @@ def test_prepared_data_is_shared_with_plain_runs_and_never_changed(make_config, 
 
 
 def test_another_threshold_seed_or_adapter_makes_no_second_pass(make_config, monkeypatch):
-    import stm_plugin.engine
+    import stm_plugin.scoring.engine
 
     train(make_config(**STM, **LORA))
-    monkeypatch.setattr(stm_plugin.engine, "Scorer", lambda *args, **kwargs: pytest.fail("scored again"))
+    monkeypatch.setattr(stm_plugin.scoring.engine, "Scorer", lambda *args, **kwargs: pytest.fail("scored again"))
     train(make_config(**STM | {"stm_threshold": 100.0}, **LORA | {"lora_r": 8}, seed=7, sample_packing=True))
 
 
@@ -477,7 +477,7 @@ def test_scoring_ahead_leaves_the_scores_where_training_finds_them(make_config, 
     from axolotl_helpers import write_config
     from click.testing import CliRunner
 
-    import stm_plugin.engine
+    import stm_plugin.scoring.engine
     from stm_plugin.axolotl.score import stm_score
 
     config = make_config(**STM, **LORA)
@@ -485,6 +485,6 @@ def test_scoring_ahead_leaves_the_scores_where_training_finds_them(make_config, 
     assert done.exit_code == 0
     assert "label tokens in 12 rows; quantiles of their perplexity" in done.output
     assert "so does stm_mask_fraction: 0.22" in done.output
-    monkeypatch.setattr(stm_plugin.engine, "Scorer", lambda *args, **kwargs: pytest.fail("scored again"))
+    monkeypatch.setattr(stm_plugin.scoring.engine, "Scorer", lambda *args, **kwargs: pytest.fail("scored again"))
     trainer = train(config)
     assert trainer.state.global_step > 0

@@ -23,9 +23,9 @@ from trl_helpers import (
     stm_trainer,
 )
 
-from stm_plugin import scoring
-from stm_plugin.scoring import LossFacts, loss_facts
-from stm_plugin.sharding import is_sharded, whole
+from stm_plugin.scoring import nll as scoring
+from stm_plugin.scoring.nll import LossFacts, loss_facts
+from stm_plugin.scoring.sharding import is_sharded, whole
 
 TOKENS_PER_BATCH = 60
 NUM_ROWS = 16

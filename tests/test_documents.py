@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stm_plugin.documents import Documents, with_columns
+from stm_plugin.scoring.documents import Documents, with_columns
 
 
 def random_rows(num_rows=11, seed=0, longest=9):
@@ -441,9 +441,9 @@ def test_segments_of_other_integer_types(datasets):
 
 def test_many_reads(datasets, monkeypatch):
     """More rows than one read takes, so that a mistake between reads shows."""
-    import stm_plugin.documents
+    import stm_plugin.scoring.documents
 
-    monkeypatch.setattr(stm_plugin.documents, "_ROWS_PER_READ", 3)
+    monkeypatch.setattr(stm_plugin.scoring.documents, "_ROWS_PER_READ", 3)
     input_ids, labels = random_rows(20, seed=9)
     dataset = datasets.Dataset.from_dict({"input_ids": input_ids, "labels": labels})
     check_against_oracle(Documents.from_dataset(dataset), input_ids, labels)

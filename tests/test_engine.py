@@ -26,13 +26,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl_helpers import one_thread  # noqa: F401
 
-from stm_plugin import engine
-from stm_plugin.documents import Documents
-from stm_plugin.engine import BATCHES_PER_SHARD, find_or_make_scores, pieces
-from stm_plugin.plan import ScorePlan
 from stm_plugin.ranks import Ranks
-from stm_plugin.scoring import nullcontext, score
-from stm_plugin.store import MANIFEST, Interval, ScoresError, ScoresKey, ScoreStore, entries
+from stm_plugin.scoring import engine
+from stm_plugin.scoring.documents import Documents
+from stm_plugin.scoring.engine import BATCHES_PER_SHARD, find_or_make_scores, pieces
+from stm_plugin.scoring.nll import nullcontext, score
+from stm_plugin.scoring.plan import ScorePlan
+from stm_plugin.scoring.store import MANIFEST, Interval, ScoresError, ScoresKey, ScoreStore, entries
 
 KEY = ScoresKey("model", "none", "torch.float32", "none", "data")
 TOKENS_PER_BATCH = 64

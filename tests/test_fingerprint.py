@@ -24,7 +24,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from stm_plugin.fingerprint import (
+from stm_plugin.scoring.fingerprint import (
     effective_tensors,
     model_fingerprint,
     quantization,
@@ -105,7 +105,7 @@ def test_it_is_the_same_in_another_process():
         "import torch\n"
         "from peft import IA3Config, get_peft_model\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "from stm_plugin.fingerprint import model_fingerprint\n"
+        "from stm_plugin.scoring.fingerprint import model_fingerprint\n"
         "torch.manual_seed(0)\n"
         f"model = LlamaForCausalLM(LlamaConfig(**{SIZES!r}))\n"
         "print(model_fingerprint(model))\n"

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stm_plugin.documents import Documents
-from stm_plugin.plan import ScorePlan
+from stm_plugin.scoring.documents import Documents
+from stm_plugin.scoring.plan import ScorePlan
 
 examples = settings(deadline=None, max_examples=100, database=None, suppress_health_check=[HealthCheck.too_slow])
 

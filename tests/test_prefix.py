@@ -9,12 +9,12 @@ import torch
 import transformers
 from test_scoring import FAMILIES, VOCAB_SIZE, in_float64, make_model, naive_nll, our_nll, with_lora
 
-from stm_plugin import plan as plan_module
-from stm_plugin import prefix
-from stm_plugin.documents import Documents
-from stm_plugin.plan import ScorePlan
-from stm_plugin.prefix import Backbone, most_to_share, shared_prefix
-from stm_plugin.scoring import Scorer, causal_lm
+from stm_plugin.scoring import plan as plan_module
+from stm_plugin.scoring import prefix
+from stm_plugin.scoring.documents import Documents
+from stm_plugin.scoring.nll import Scorer, causal_lm
+from stm_plugin.scoring.plan import ScorePlan
+from stm_plugin.scoring.prefix import Backbone, most_to_share, shared_prefix
 
 FALL_BACK = ["FalconH1"]
 

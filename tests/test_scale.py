@@ -114,9 +114,9 @@ def rethreshold(folder):
     trainer.stm_score()
     trainer.args.stm_threshold = 200.0
     run = trainer._stm_run
-    from stm_plugin.masks import make_masks
+    from stm_plugin.masking.masks import make_masks
     from stm_plugin.options import STMOptions
-    from stm_plugin.store import ScoreStore
+    from stm_plugin.scoring.store import ScoreStore
 
     started = time.perf_counter()
     scores = ScoreStore(folder / "scores").read(run.key, run.plan.num_scores)

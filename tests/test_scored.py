@@ -12,11 +12,17 @@ import pytest
 from report_helpers import IGNORE, WORDS, kept_of, random_rows, stored
 
 from stm_plugin.cli import main
-from stm_plugin.document_store import DocumentsError, KeptDocuments, documents_folder, find_documents, read_documents
-from stm_plugin.documents import Documents
 from stm_plugin.inspection.scored import options_of_receipt, read_scored
-from stm_plugin.plan import ScorePlan
-from stm_plugin.store import ScoresError
+from stm_plugin.scoring.document_store import (
+    DocumentsError,
+    KeptDocuments,
+    documents_folder,
+    find_documents,
+    read_documents,
+)
+from stm_plugin.scoring.documents import Documents
+from stm_plugin.scoring.plan import ScorePlan
+from stm_plugin.scoring.store import ScoresError
 
 
 def same(one, other):

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from stm_plugin import scoring
-from stm_plugin.documents import Documents
-from stm_plugin.plan import ScorePlan
-from stm_plugin.scoring import causal_lm, eval_mode, score, score_dataset, token_nll
+from stm_plugin.scoring import nll as scoring
+from stm_plugin.scoring.documents import Documents
+from stm_plugin.scoring.nll import causal_lm, eval_mode, score, score_dataset, token_nll
+from stm_plugin.scoring.plan import ScorePlan
 
 VOCAB_SIZE = 251
 
@@ -812,7 +812,7 @@ def test_progress_is_shown_when_asked_for(llama, capfd):
 def test_loss_facts_of_a_mixture_of_experts(router):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from stm_plugin.scoring import loss_facts
+    from stm_plugin.scoring.nll import loss_facts
 
     config = MixtralConfig(
         vocab_size=64,
@@ -830,7 +830,7 @@ def test_loss_facts_of_a_mixture_of_experts(router):
 def test_loss_facts_see_a_loss_that_takes_no_count_and_one_that_shifts_nothing(make_model, monkeypatch):
     import torch.nn.functional as F
 
-    from stm_plugin.scoring import loss_facts
+    from stm_plugin.scoring.nll import loss_facts
 
     model = make_model()
     assert loss_facts(model) == (True, True)

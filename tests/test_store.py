@@ -16,7 +16,7 @@ import pytest
 from store_helpers import write
 
 from stm_plugin.constants import SCORES_FORMAT_VERSION
-from stm_plugin.store import MANIFEST, ScoresError, ScoresKey, ScoreStore, cache_home, default_root
+from stm_plugin.scoring.store import MANIFEST, ScoresError, ScoresKey, ScoreStore, cache_home, default_root
 
 KEY = ScoresKey(model="aa11", quantization="none", dtype="torch.float32", autocast="torch.bfloat16", data="bb22")
 SHARD = "shard-000000000000.npy"
@@ -177,7 +177,7 @@ def test_missing_parts(store, entry):
 
 def forge(entry, change):
     """Change a manifest and give it the checksum that then holds."""
-    from stm_plugin.store import _manifest_checksum
+    from stm_plugin.scoring.store import _manifest_checksum
 
     manifest = json.loads((entry / MANIFEST).read_text())
     del manifest["checksum"]
@@ -187,7 +187,7 @@ def forge(entry, change):
 
 def forge_shard(entry, content):
     """A shard with a content, and with the checksums that then hold."""
-    from stm_plugin.store import _shard_checksum
+    from stm_plugin.scoring.store import _shard_checksum
 
     content += bytes(8)  # the token budget
     checksum = _shard_checksum(KEY, 0, content)
@@ -306,7 +306,7 @@ def test_a_killed_writer_leaves_no_entry(tmp_path):
     """SIGXFSZ ends the process in the middle of the shard: no handler of ours runs."""
     script = (
         "import resource, signal, sys, numpy as np\n"
-        "from stm_plugin.store import ScoreStore, ScoresKey\n"
+        "from stm_plugin.scoring.store import ScoreStore, ScoresKey\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
@@ -385,7 +385,7 @@ def test_many_writers_at_once(store):
 def test_writers_in_two_processes(store):
     script = (
         "import sys, numpy as np\n"
-        "from stm_plugin.store import ScoreStore, ScoresKey\n"
+        "from stm_plugin.scoring.store import ScoreStore, ScoresKey\n"
         "scores = np.random.default_rng(int(sys.argv[2])).exponential(size=1000).astype(np.float32)\n"
         "sys.stdin.readline()\n"
         "key = ScoresKey('aa11', 'none', 'torch.float32', 'torch.bfloat16', 'bb22')\n"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from report_helpers import IGNORE
 
-from stm_plugin.documents import Documents
+from stm_plugin.scoring.documents import Documents
 from stm_plugin.tokens import TOKEN_CLASSES, token_classes, token_texts, visible
 
 

@@ -233,7 +233,7 @@ def _entry(tokenizer, make_model, chats, tmp_path):
 
 def _rewrite(entry, change):
     """Change the manifest, with its checksum made right again."""
-    from stm_plugin.store import _manifest_checksum
+    from stm_plugin.scoring.store import _manifest_checksum
 
     content = json.loads((entry / "manifest.json").read_text())
     content.pop("checksum")
@@ -257,7 +257,7 @@ def _damage(kind, entry):
         content[-3] ^= 1
         shard.write_bytes(content)
     elif kind == "other scores with their checksum":
-        from stm_plugin.store import ScoresKey, _shard_checksum
+        from stm_plugin.scoring.store import ScoresKey, _shard_checksum
 
         key = ScoresKey(**json.loads(manifest.read_text())["key"])
         content[130] ^= 1

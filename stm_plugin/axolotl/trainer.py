@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import Trainer
 
-from ..mixin import STMTrainerMixin
+from ..masking.mixin import STMTrainerMixin
 from ..options import STMOptions
-from ..scoring import loss_facts
+from ..scoring.nll import loss_facts
 
 
 def put_stm_into(trainer: Any, options: STMOptions) -> None:

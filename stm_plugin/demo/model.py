@@ -108,7 +108,7 @@ def find_model(name: str | None = None) -> ModelFolder:
 
 def cache_folder() -> Path:
     """Folder of the demo's model in this package's cache: below `$STM_HOME`, or `~/.cache/stm_plugin`."""
-    from ..store import cache_home
+    from ..scoring.store import cache_home
 
     return cache_home() / "models" / CACHE_NAME
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..constants import RECEIPT_NAME
 from ..options import STRATEGIES_BY_TWO_MODELS
-from ..store import MANIFEST
+from ..scoring.store import MANIFEST
 from .config import RunName
 from .generating import receipt_path
 from .results import Facts, read_json, run_path, write_json

@@ -14,10 +14,10 @@ from trl import SFTConfig, SFTTrainer
 
 from ..constants import RECEIPT_NAME
 from ..demo.model import MODEL_ID, find_model
-from ..documents import Documents
 from ..kl import KLSFTConfig, KLSFTTrainer
 from ..measures.inputs import as_chats, read_rows, with_template_columns
 from ..options import REFERENCE_CURRENT
+from ..scoring.documents import Documents
 from ..trl import STMSFTConfig, STMSFTTrainer
 from .checks import check_keys
 from .config import RunName

@@ -73,7 +73,7 @@ def evaluate(
         _check_limit_names(limit, loaded)
         from lm_eval.models.huggingface import HFLM
 
-        from ..scoring import eval_mode
+        from ..scoring.nll import eval_mode
 
         loaded_model: Any = model
         described = {"pretrained": _name_of(model)}

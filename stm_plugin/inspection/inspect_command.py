@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from ..masks import Masks
+from ..masking.masks import Masks
 from .rows import Style, heading, row_lines
 from .sources import RULE, add_source, options_of, scored_of
 

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
-from ..masks import Masks
+from ..masking.masks import Masks
 from ..options import STMOptions, rule_in_words
 from ..selection import perplexity
 from ..tokens import visible

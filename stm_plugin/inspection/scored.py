@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from ..constants import RECEIPT_NAME
-from ..document_store import KeptDocuments, documents_folder, find_documents, read_documents
-from ..documents import Documents
-from ..masks import Masks, apply_threshold, candidate_scores, threshold_in_nats
+from ..masking.masks import Masks, apply_threshold, candidate_scores, threshold_in_nats
+from ..masking.receipt import Receipt
 from ..options import STRATEGIES_BY_TWO_MODELS, STMOptions
-from ..plan import ScorePlan
-from ..receipt import Receipt
+from ..scoring.document_store import KeptDocuments, documents_folder, find_documents, read_documents
+from ..scoring.documents import Documents
+from ..scoring.plan import ScorePlan
+from ..scoring.store import MANIFEST, ScoresError, ScoresKey, ScoreStore, default_root, read_key
 from ..selection import deciding_scores
-from ..store import MANIFEST, ScoresError, ScoresKey, ScoreStore, default_root, read_key
 
 
 @dataclass(frozen=True)

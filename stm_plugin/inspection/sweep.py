@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from ..documents import Documents
-from ..masks import apply_threshold, candidate_scores, threshold_in_nats
+from ..masking.masks import apply_threshold, candidate_scores, threshold_in_nats
 from ..options import STMOptions, least_threshold
+from ..scoring.documents import Documents
 from ..selection import check_scores, perplexity
 from .scored import ScoredData
 

@@ -80,7 +80,7 @@ def measure_drift(initial: "PreTrainedModel", tuned: "PreTrainedModel", rows: Se
     """
     import torch
 
-    from ..scoring import eval_mode
+    from ..scoring.nll import eval_mode
 
     if not rows:
         raise ValueError("drift needs at least one row, got none.")

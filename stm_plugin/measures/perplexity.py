@@ -110,7 +110,7 @@ def measure_perplexity(
     Raises:
         ValueError: For rows of another form, a data set without an answer token, or scores that are NaN.
     """
-    from ..scoring import score_dataset
+    from ..scoring.nll import score_dataset
 
     prepared = answer_tokens(data, tokenizer, max_length)
     if paired:

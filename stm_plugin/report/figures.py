@@ -15,7 +15,7 @@ import numpy as np
 from ..constants import DEFAULT_THRESHOLD
 from ..inspection.scored import ScoredData
 from ..inspection.sweep import THRESHOLDS, shortest_threshold
-from ..masks import Masks, candidate_scores, threshold_in_nats
+from ..masking.masks import Masks, candidate_scores, threshold_in_nats
 from ..options import STMOptions
 from ..selection import effective_scores
 from ..tokens import TOKEN_CLASSES, token_classes, visible

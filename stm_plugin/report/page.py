@@ -18,7 +18,7 @@ import numpy as np
 from ..constants import DEFAULT_THRESHOLD
 from ..inspection.scored import ScoredData
 from ..inspection.sweep import PAPER_BAND
-from ..receipt import Receipt
+from ..masking.receipt import Receipt
 from ..tokens import visible
 from .figures import BINS_PER_DECADE, Figures, Group, make_figures, pair_rows
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stm_plugin.demo.model import ModelNotFoundError, download_package
-from stm_plugin.store import cache_home
+from stm_plugin.scoring.store import cache_home
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 from filelock import FileLock, Timeout
 
-from .constants import SCORES_FORMAT_VERSION
+from ..constants import SCORES_FORMAT_VERSION
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .constants import IGNORE_INDEX
+from ..constants import IGNORE_INDEX
+from ..tokens import token_texts
 from .documents import Documents
 from .plan import ScorePlan
 from .store import cache_home
-from .tokens import token_texts
 
 _FORMAT_VERSION = 1
 _GROUP_COLUMNS = ("dataset", "dataset_name", "data_source", "source", "subset")

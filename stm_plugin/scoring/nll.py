@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from ._compat import repacks_weights_in_eval_mode
-from .constants import IGNORE_INDEX
+from .._compat import repacks_weights_in_eval_mode
+from ..constants import IGNORE_INDEX
+from ..options import STMOptions
 from .documents import Documents
-from .options import STMOptions
 from .plan import ScorePlan
 from .prefix import Backbone, most_to_share, shared_prefix
 from .sharding import whole

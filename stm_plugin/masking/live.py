@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..constants import IGNORE_INDEX
+from ..options import STMOptions
+from ..randomness import preserved_random_state
+from ..scoring.documents import Documents
+from ..scoring.fingerprint import weights_dtype
+from ..scoring.nll import score
+from ..scoring.plan import ScorePlan
+from ..scoring.sharding import is_sharded
 from .checkpoint import check_same_options, receipt_of
 from .collators import num_predicted
-from .constants import IGNORE_INDEX
-from .documents import Documents
-from .fingerprint import weights_dtype
 from .host import Host
 from .masks import LiveTotals, Masks, apply_threshold, candidate_scores, threshold_in_nats
-from .options import STMOptions
-from .plan import ScorePlan
-from .randomness import preserved_random_state
 from .receipt import Receipt, live_totals, make_live_receipt
-from .scoring import score
-from .sharding import is_sharded
 
 Score = Callable[[Documents], np.ndarray]
 Gather = Callable[[np.ndarray], np.ndarray]

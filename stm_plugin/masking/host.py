@@ -4,17 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._compat import counts_predicted_labels
+from .._compat import counts_predicted_labels
+from ..constants import MASKED_COLUMN
+from ..options import STMOptions
+from ..ranks import Ranks
+from ..scoring.document_store import KeptDocuments
+from ..scoring.fingerprint import autocast_dtype
+from ..scoring.nll import Autocast
+from ..scoring.plan import ScorePlan
 from .collators import check_collator
-from .constants import MASKED_COLUMN
-from .document_store import KeptDocuments
-from .fingerprint import autocast_dtype
 from .masks import Masks
-from .options import STMOptions
-from .plan import ScorePlan
-from .ranks import Ranks
 from .receipt import Receipt
-from .scoring import Autocast
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from .constants import IGNORE_INDEX
+from ..constants import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -23,20 +23,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import datasets
 import torch
 
+from ..constants import MASKED_COLUMN, REPORT_NAME
+from ..inspection.scored import ScoredData
+from ..logs import show_log_lines
+from ..options import REFERENCE_CURRENT, STMOptions
+from ..randomness import RandomState, preserved_random_state
+from ..report.page import write_report
+from ..scoring.nll import check_scorable
 from .ahead import MaskedRun, MaskingAhead
 from .checkpoint import STMState
 from .collators import MaskCounter
-from .constants import MASKED_COLUMN, REPORT_NAME
 from .host import Host
-from .inspection.scored import ScoredData
 from .live import MaskingLive
-from .logs import show_log_lines
 from .masks import check_unmasked
-from .options import REFERENCE_CURRENT, STMOptions
-from .randomness import RandomState, preserved_random_state
 from .receipt import Receipt, write_receipt
-from .report.page import write_report
-from .scoring import check_scorable
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

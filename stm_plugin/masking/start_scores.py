@@ -5,18 +5,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from ..options import REFERENCE_INITIAL
+from ..scoring.documents import Documents
+from ..scoring.engine import find_or_make_scores
+from ..scoring.fingerprint import autocast_dtype, model_fingerprint, quantization, weights_dtype
+from ..scoring.nll import Autocast, causal_lm
+from ..scoring.plan import ScorePlan
+from ..scoring.reference import check_same_tokens, loaded_reference, loaded_tuned_model, trusted_code
+from ..scoring.sharding import is_sharded
+from ..scoring.store import ScoresError, ScoresKey, ScoreStore
 from .checkpoint import receipt_of
-from .documents import Documents
-from .engine import find_or_make_scores
-from .fingerprint import autocast_dtype, model_fingerprint, quantization, weights_dtype
 from .host import Host
 from .masks import unmasked_documents
-from .options import REFERENCE_INITIAL
-from .plan import ScorePlan
-from .reference import check_same_tokens, loaded_reference, loaded_tuned_model, trusted_code
-from .scoring import Autocast, causal_lm
-from .sharding import is_sharded
-from .store import ScoresError, ScoresKey, ScoreStore
 
 
 class StartScores:

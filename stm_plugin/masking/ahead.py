@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..constants import MASKED_COLUMN
+from ..options import REFERENCE_INITIAL, STMOptions, rule_in_words
+from ..scoring.documents import with_columns
+from ..scoring.plan import ScorePlan
+from ..scoring.store import ScoresKey
+from ..selection import deciding_scores
 from .checkpoint import check_same_options, receipt_of
 from .collators import num_predicted
-from .constants import MASKED_COLUMN
-from .documents import with_columns
 from .host import Host
 from .masks import Masks, make_masks, unmasked_documents
-from .options import REFERENCE_INITIAL, STMOptions, rule_in_words
-from .plan import ScorePlan
 from .receipt import Receipt, make_receipt
-from .selection import deciding_scores
 from .start_scores import StartScores, TunedScores
-from .store import ScoresKey
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
-from .scoring import Autocast, causal_lm
+from .nll import Autocast, causal_lm
 from .sharding import whole
 
 _NOT_THE_FUNCTION = {

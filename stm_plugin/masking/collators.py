@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .constants import IGNORE_INDEX, MASKED_COLUMN
+from ..constants import IGNORE_INDEX, MASKED_COLUMN
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 

@@ -9,12 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .constants import RECEIPT_NAME
+from .. import __version__
+from ..constants import RECEIPT_NAME
+from ..options import STMOptions
+from ..scoring.store import ScoresKey
+from ..selection import perplexity
 from .masks import LiveTotals, Masks
-from .options import STMOptions
-from .selection import perplexity
-from .store import ScoresKey
 
 Receipt = dict[str, Any]
 

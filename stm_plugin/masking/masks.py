@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .constants import IGNORE_INDEX, MASKED_COLUMN
-from .documents import Documents
-from .options import STRATEGIES_BY_TWO_MODELS, STMOptions
-from .selection import check_scores, fraction_threshold_nats, perplexity, select_masked
+from ..constants import IGNORE_INDEX, MASKED_COLUMN
+from ..options import STRATEGIES_BY_TWO_MODELS, STMOptions
+from ..scoring.documents import Documents
+from ..selection import check_scores, fraction_threshold_nats, perplexity, select_masked
 
 if TYPE_CHECKING:
     from datasets import Dataset

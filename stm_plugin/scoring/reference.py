@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .options import STMOptions
+from ..options import STMOptions
 from .sharding import loaded_whole
 
 
@@ -75,7 +75,7 @@ def loaded_tuned_model(options: STMOptions, trained: Any, device: torch.device) 
         ValueError: If it, or the base of an adapter, cannot be loaded.
     """
     from .fingerprint import quantization, take_over_dtypes, weight_dtypes
-    from .scoring import causal_lm
+    from .nll import causal_lm
 
     lm, name = causal_lm(trained), str(options.stm_tuned_model)
     # As the model in training is: where two scores are close, any other rounding would decide between them.

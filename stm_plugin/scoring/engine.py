@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ..ranks import Ranks
+from ..selection import check_scores
+from .nll import Autocast, Scorer, progress_bar
 from .plan import ScorePlan
-from .ranks import Ranks
-from .scoring import Autocast, Scorer, progress_bar
-from .selection import check_scores
 from .sharding import is_sharded
 from .store import Draft, Interval, ScoresBusyError, ScoresError, ScoresKey, ScoreStore
 

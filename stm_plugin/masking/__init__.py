@@ -1,0 +1,1 @@
+"""Masks in a run of training: made ahead from stored scores, or live at every step."""
