@@ -115,3 +115,12 @@ def mbpp():
     if not path.exists():
         pytest.skip(f"needs the MBPP chats at {path}")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def punkt_tab():
+    """NLTK's data in the real cache, where verifiers find them (session fixtures come before STM_HOME is moved)."""
+    pytest.importorskip("nltk", reason="nltk, of the extra 'forgetting', is not installed")
+    from stm_plugin.tasks import punkt
+
+    punkt.ensure_punkt()

@@ -57,13 +57,6 @@ def evaluated(tmp_path):
     return run
 
 
-@pytest.fixture(scope="session")
-def punkt_tab():
-    """NLTK's data in the real cache, where verifiers find them (session fixtures come before STM_HOME is moved)."""
-    pytest.importorskip("nltk", reason="nltk, of the extra 'forgetting', is not installed")
-    punkt.ensure_punkt()
-
-
 # Names of tasks.
 
 
