@@ -76,6 +76,12 @@ class STMSFTTrainer(STMTrainerMixin, SFTTrainer):
                 "STM cannot mask vision data: its token ids are only made batch by batch, by the collator. Train on "
                 "text, or use SFTTrainer."
             )
+        if "seq_lengths" in (getattr(self.train_dataset, "column_names", None) or []) and not self.padding_free:
+            raise ValueError(
+                "The training set has the column seq_lengths, which cuts a row into documents, and TRL trains whole "
+                "rows unless padding_free=True: tokens would be scored with another context than they are trained "
+                "with. Set padding_free=True, or remove the column."
+            )
         self._stm_setup()
 
 

@@ -50,6 +50,9 @@ def check_conflicts(cfg: Mapping[str, Any]) -> None:
     for key, reason in _MORE_THAN_ONE.items():
         if isinstance(cfg.get(key), int) and cfg[key] > 1:
             raise _conflict("plugins: stm", key, cfg[key], reason)
+    if (cfg.get("qat") or {}).get("fake_quant_after_n_steps"):
+        reason = "the model is quantized in the middle of the run, so that it trains as another one than is scored"
+        raise _conflict("plugins: stm", "fake_quant_after_n_steps", cfg["qat"]["fake_quant_after_n_steps"], reason)
     if (cfg.get("stm_reference") or REFERENCE_INITIAL) == REFERENCE_INITIAL:
         for key, reason in _CONFLICTS_WITH_INITIAL.items():
             if cfg.get(key):

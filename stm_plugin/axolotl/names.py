@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from importlib.metadata import entry_points
+from itertools import zip_longest
 from typing import Any
 
 from ..options import nearest_option, option_names
@@ -83,10 +84,27 @@ def check_active(cfg: Mapping[str, Any]) -> None:
 
 def check_command_line(cfg: Mapping[str, Any], arguments: list[str]) -> None:
     """Raise ValueError for an STM option on the command line that did not reach the config: Axolotl drops it."""
-    for argument in arguments:
-        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        if argument.startswith("--") and name in option_names() and cfg.get(name) is None:
-            raise ValueError(f"Axolotl passes {argument.partition('=')[0]} on to nothing: set {name} in the config.")
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        flag, has_value, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if (
+            flag.startswith("--")
+            and name in option_names()
+            and not _is_set(cfg.get(name), value if has_value else following)
+        ):
+            raise ValueError(
+                f"Axolotl passes {flag} on to nothing: set {name} in the config, which has {cfg.get(name)!r}."
+            )
+
+
+def _is_set(value: Any, text: str) -> bool:
+    """Whether a config has what the command line says; of a flag without a value, anything."""
+    if value is None or not text or text.startswith("--"):
+        return value is not None
+    try:
+        return float(value) == float(text)
+    except (TypeError, ValueError):
+        return str(value).lower() == text.lower()
 
 
 def check_loads(names: list[str], cause: Exception | None = None) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
+from ..masking.receipt import write_receipt
 from .conflicts import check_conflicts
 from .names import check_active, is_active
 from .schema import options_of
@@ -38,10 +39,18 @@ class STMPlugin(BasePlugin):
             self._trainer = trainer
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Raise RuntimeError if a loop of another kind than `transformers.Trainer`'s has trained unmasked."""
+        """Leave the receipt beside the model, which Axolotl saves without its trainer.
+
+        Raises:
+            RuntimeError: If a loop of another kind than `transformers.Trainer`'s has trained unmasked.
+        """
         trainer, self._trainer = getattr(self, "_trainer", None), None
-        if is_active(cfg) and trainer is not None and trainer._stm_state.receipt is None:
+        if not is_active(cfg) or trainer is None:
+            return
+        if trainer._stm_state.receipt is None:
             raise RuntimeError(
                 f"{type(trainer).__name__} has trained without Selective Token Masking: its loop is not that of "
                 "transformers.Trainer. Remove `plugins: stm`, or the plugin or `trainer_cls` that brings this trainer."
             )
+        if trainer.args.should_save:
+            write_receipt(trainer._stm_state.receipt, trainer.args.output_dir)

@@ -10,7 +10,7 @@ from ..options import STMOptions
 from ..ranks import Ranks
 from ..scoring.document_store import KeptDocuments
 from ..scoring.fingerprint import autocast_dtype
-from ..scoring.nll import Autocast
+from ..scoring.nll import Autocast, causal_lm, function_takes_count
 from ..scoring.plan import ScorePlan
 from .collators import check_collator
 from .masks import Masks
@@ -35,6 +35,7 @@ class Host:
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self._warned_of_stop_tokens = False
+        self._loss_function: tuple[Any, bool] | None = None  # and whether it takes a count
         self.ranks = Ranks(trainer.args.process_index, trainer.args.world_size)
 
     @property
@@ -136,7 +137,13 @@ class Host:
     @property
     def loss_takes_count(self) -> bool:
         """Whether the loss is divided by a number of tokens that it is given."""
-        return bool(self._trainer.model_accepts_loss_kwargs) or self._trainer.compute_loss_func is not None
+        function = self._trainer.compute_loss_func
+        if function is None:
+            return bool(self._trainer.model_accepts_loss_kwargs)
+        if self._loss_function is None or self._loss_function[0] is not function:
+            vocab_size = causal_lm(self.model).config.get_text_config().vocab_size
+            self._loss_function = function, function_takes_count(function, vocab_size)
+        return self._loss_function[1]
 
     @property
     def normalization(self) -> str:

@@ -100,6 +100,8 @@ class STMTrainerMixin(_Trainer):
     train_dataset: Any
     data_collator: Any
     _signature_columns: Any
+    neftune_hook_handle: Any = None
+    model_accepts_loss_kwargs: bool
 
     _stm_logger = logger
     """Where log lines go; hosts may show the INFO lines of none but their own."""
@@ -109,6 +111,9 @@ class STMTrainerMixin(_Trainer):
 
     _stm_trains_first_label = False
     """Whether the host trains a label at a document's position 0, which has no score."""
+
+    _stm_host_takes_count: bool | None = None
+    """Whether the host by itself gives its loss the number of tokens, where that was changed; None where not."""
 
     def _stm_setup(self) -> None:
         """Check, before anything is trained, all that can be checked; raise ValueError for what cannot be masked."""
@@ -124,6 +129,7 @@ class STMTrainerMixin(_Trainer):
         ranks.check_agreement(facts[ranks.index])
         self._stm_masking.set_up()
         self.add_callback(self._stm_state)
+        self._stm_average_tokens = self.args.average_tokens_across_devices
         if not self.args.average_tokens_across_devices:
             self.args.average_tokens_across_devices = True
             self._stm_host.info(
@@ -207,6 +213,10 @@ class STMTrainerMixin(_Trainer):
             pass
         finally:
             self._stm_only_scores = False
+            self.is_in_train = False
+            noise, self.neftune_hook_handle = self.neftune_hook_handle, None
+            if noise is not None:
+                noise.remove()  # as the end of `train` would have
         assert self._stm_run is not None
         return self._stm_run
 
@@ -283,6 +293,30 @@ class STMTrainerMixin(_Trainer):
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         return batches, num_items_in_batch
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The host's; of the training set as it was before it was masked."""
+        return super().get_eval_dataloader(self._stm_unmasked(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The host's; of the training set as it was before it was masked."""
+        return super().get_test_dataloader(self._stm_unmasked(test_dataset))
+
+    def _stm_unmasked(self, dataset: Any) -> Any:
+        run = self._stm_run
+        masked = None if run is None else vars(run).get("masked")  # not made only to be compared
+        return run.source if run is not None and masked is not None and dataset is masked else dataset
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's, whose loss is averaged as it is without STM."""
+        in_training = self.args.average_tokens_across_devices, self.model_accepts_loss_kwargs
+        self.args.average_tokens_across_devices = self._stm_average_tokens
+        if self._stm_host_takes_count is not None:
+            self.model_accepts_loss_kwargs = self._stm_host_takes_count
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices, self.model_accepts_loss_kwargs = in_training
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add STM's metrics to the logs of training."""

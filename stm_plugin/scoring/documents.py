@@ -119,6 +119,9 @@ class Documents:
         Returns:
             The documents, one a row, without padding; and the flat index of each of their tokens in the batch, shape
             `(total,)`.
+
+        Raises:
+            ValueError: For padding between tokens, without positions that say what it parts.
         """
         shape = input_ids.shape
         real = np.ones(shape, dtype=bool) if attention_mask is None else attention_mask != 0
@@ -130,6 +133,12 @@ class Documents:
         if attention_mask is not None:
             starts[:, 1:] |= attention_mask[:, 1:] != attention_mask[:, :-1]
         where = np.flatnonzero(real)
+        if position_ids is None and ((real[:, 1:] & ~real[:, :-1]).sum(1) > ~real[:, 0]).any():
+            raise ValueError(
+                "A row has padding between its tokens and no position_ids: whether the model in training sees through "
+                "it cannot be told, so STM cannot score it. Pad at one end, or pack with position_ids (Axolotl: "
+                "pretraining_sample_concatenation: false)."
+            )
         offsets = np.append(np.flatnonzero(starts.ravel()[where]), len(where))
         documents = cls.of(input_ids.ravel()[where], labels.ravel()[where], offsets, offsets)
         if position_ids is not None:

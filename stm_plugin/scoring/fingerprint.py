@@ -46,6 +46,9 @@ _NOT_THE_FUNCTION = {
     "use_cache",
 }
 
+_PACKAGES_OF_LAYERS = {"torch", "transformers", "peft", "bitsandbytes"}
+"""Whose layers compute what their weights, or the key's quantization and adapters, tell."""
+
 _LORA_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
@@ -63,6 +66,9 @@ def model_fingerprint(model: torch.nn.Module) -> str:
         "adapters": _other_adapters(model),
         "tensors": tensors,
     }
+    layers = _other_layers(lm)
+    if layers:
+        facts["layers"] = layers
     return hashlib.sha256(_canonical(facts)).hexdigest()[:32]
 
 
@@ -165,6 +171,26 @@ def _other_adapters(model: torch.nn.Module) -> dict[str, Any]:
         if not isinstance(layer, LoraLayer)
     }
     return others | ({"states": sorted(map(str, states))} if states else {})
+
+
+def _other_layers(lm: torch.nn.Module) -> dict[str, str]:
+    """Layers that compute something else than their weights tell, such as with quantization that is only simulated.
+
+    They are those of packages that neither build models nor are part of the key in another way; of torchao's fake
+    quantizers, what they are set to counts too.
+    """
+    layers = {}
+    for name, module in lm.named_modules():
+        package = type(module).__module__.partition(".")[0]
+        if package in _PACKAGES_OF_LAYERS:
+            continue
+        has_matrix = any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+        own = vars(module)
+        settings = [str(own[key]) for key in ("config", "enabled")] if {"config", "enabled"} <= own.keys() else []
+        if has_matrix or settings:
+            kind = f"{package}.{type(module).__qualname__}"
+            layers[_name_without_adapter(name.split("."))] = " ".join([kind, *settings])
+    return layers
 
 
 def _does_something(module: Any, adapter: str) -> bool:

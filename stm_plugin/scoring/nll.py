@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .._compat import repacks_weights_in_eval_mode
 from ..constants import IGNORE_INDEX
@@ -145,6 +145,7 @@ class Scorer:
         agree: Agree | None = None,
     ):
         check_scorable(model)
+        _check_length(causal_lm(model).config.get_text_config(), int(plan.lengths.max(initial=0)))
         self.model, self.plan, self.autocast, self.agree = model, plan, autocast, agree
         self._backbone = Backbone(causal_lm(model))
         self.tokens_per_batch: int | None = None
@@ -312,6 +313,17 @@ def check_scorable(model: Any) -> None:
             )
 
 
+def _check_length(config: Any, longest: int) -> None:
+    """Raise ValueError for documents whose length changes the rotary embeddings of those that come after them."""
+    limit = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    if "'dynamic'" in str(getattr(config, "rope_parameters", None)) and longest > limit:
+        raise ValueError(
+            f"STM cannot score documents of {longest} tokens with dynamic rotary embeddings (rope_type 'dynamic'): "
+            f"beyond {limit} tokens, what one document is given depends on those before it. Cut documents there "
+            "(max_length, sequence_len), or use another rope_type."
+        )
+
+
 def causal_lm(model: Any) -> PreTrainedModel:
     """The model with the language-model head, out of a PEFT wrapper whose layers stay active within it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -329,8 +341,31 @@ class LossFacts(NamedTuple):
     shifts_labels: bool
 
 
-def loss_facts(model: Any) -> LossFacts:
-    """Facts about a model's own loss, found by running it on four tokens; no backbone runs."""
+def function_takes_count(function: Callable[..., Any], vocab_size: int) -> bool:
+    """Whether a trainer's `compute_loss_func` divides by the number of tokens that it is given, tried on four."""
+    output = MoeCausalLMOutputWithPast(logits=torch.zeros(1, 4, vocab_size))  # type: ignore[arg-type]
+    labels = torch.zeros((1, 4), dtype=torch.long)
+
+    def loss(count: int) -> float:
+        return float(function(output, labels.clone(), num_items_in_batch=torch.tensor(count)))
+
+    try:
+        with torch.no_grad():
+            return math.isclose(loss(1), 2 * loss(2), rel_tol=1e-2)
+    except Exception:  # it asks for more than logits
+        return False
+
+
+def loss_facts(model: Any, compute_loss: Callable[[dict[str, Any], torch.Tensor], Any] | None = None) -> LossFacts:
+    """Facts about the loss of a model in training, found by running it on four tokens; no backbone runs.
+
+    Args:
+        model: Causal language model, with or without adapters.
+        compute_loss: What a trainer makes of a batch and its number of tokens; None for the model's own loss.
+
+    Raises:
+        ValueError: If there is a loss where no token has a label, so that labels are not what is trained.
+    """
     lm = causal_lm(model)
     weight = lm.get_input_embeddings().weight
     token_ids = torch.zeros((1, 4), dtype=torch.long, device=weight.device)
@@ -342,7 +377,13 @@ def loss_facts(model: Any) -> LossFacts:
 
     def loss(labels: torch.Tensor, count: int) -> float:
         num_items = torch.tensor(count, device=weight.device)
-        return float(lm(input_ids=token_ids, labels=labels, num_items_in_batch=num_items, **keywords).loss)
+        batch = {"input_ids": token_ids.clone(), "labels": labels.clone()} | keywords
+        if compute_loss is None:
+            return float(lm(**batch, num_items_in_batch=num_items).loss)
+        return float(compute_loss(batch | {"attention_mask": torch.ones_like(token_ids)}, num_items))
+
+    def is_none(value: float) -> bool:
+        return math.isnan(value) or value == 0  # a mean over no token is NaN
 
     of_backbone = set(lm.base_model.parameters())
     head = [weight for weight in lm.parameters() if weight not in of_backbone]
@@ -350,9 +391,10 @@ def loss_facts(model: Any) -> LossFacts:
         head += lm.get_output_embeddings().parameters()  # tied ones are the backbone's too
     head = list(dict.fromkeys(head))  # in the same order on all processes
     with torch.no_grad(), eval_mode(lm), whole(*head), _replaced_forward(lm.base_model, lambda *a, **k: output):
+        if compute_loss is not None and not is_none(loss(torch.full_like(token_ids, IGNORE_INDEX), 1)):
+            raise ValueError("there is a loss where no token has a label")
         takes_count = math.isclose(loss(token_ids, 1), 2 * loss(token_ids, 2), rel_tol=1e-2)
-        first = loss(first_only, 1)  # a mean over no token is NaN
-        return LossFacts(takes_count, math.isnan(first) or first == 0)
+        return LossFacts(takes_count, is_none(loss(first_only, 1)))
 
 
 @contextmanager
