@@ -153,6 +153,7 @@ def test_errors_of_prepare_plugins_come_through():
         ({"expert_parallel_size": 2}, ["plugins: stm", "expert_parallel_size: 2"]),
         ({"context_parallel_size": 2}, ["plugins: stm", "context_parallel_size: 2"]),
         ({"tensor_parallel_size": 4}, ["plugins: stm", "tensor_parallel_size: 4"]),
+        ({"qat": {"fake_quant_after_n_steps": 9}}, ["plugins: stm", "fake_quant_after_n_steps: 9"]),
     ],
 )
 def test_conflicts_name_both_keys(cfg, both):
@@ -168,6 +169,7 @@ def test_conflicts_name_both_keys(cfg, both):
         {"rl": None, "streaming": False, "context_parallel_size": 1},
         {"plugins": ["stm", LIGER], "liger_rms_norm": True},
         {"stm_reference": "other/model", "streaming": True},
+        {"qat": {"weight_dtype": "int4", "fake_quant_after_n_steps": 0}},
     ],
 )
 def test_no_conflict_where_there_is_none(cfg):
@@ -180,6 +182,15 @@ def test_an_option_on_the_command_line_that_axolotl_drops_is_refused(argument):
         check_command_line({"plugins": ["stm"]}, ["axolotl", "train", "c.yml", argument, "3"])
     check_command_line({"plugins": ["stm"], "stm_threshold": 3}, ["c.yml", argument])
     check_command_line({}, ["c.yml", "--learning-rate", "stm_threshold"])
+
+
+@pytest.mark.parametrize("arguments", [["--stm-threshold", "900"], ["--stm_threshold=900"], ["--stm-strategy", "low"]])
+def test_an_option_that_differs_from_the_config_is_refused(arguments):
+    cfg = {"plugins": ["stm"], "stm_threshold": 400.0, "stm_strategy": "high", "stm_report": True}
+    with pytest.raises(ValueError, match=r"on to nothing: set stm_\w+ in the config, which has (400\.0|'high')"):
+        check_command_line(cfg, ["axolotl", "train", "c.yml", *arguments])
+    check_command_line(cfg, ["c.yml", "--stm-threshold", "400", "--stm_strategy=high", "--stm-report", "true"])
+    check_command_line(cfg, ["c.yml", "--stm-report", "--stm-threshold=4e2"])
 
 
 # --- Interpreter start ----------------------------------------------------------------------------------------------

@@ -276,6 +276,117 @@ def test_a_trainer_with_a_loop_of_its_own_is_refused(make_config, tmp_path, monk
         build(make_config(trainer_cls="looping_trainer.LoopingTrainer", **STM))
 
 
+OWN_LOSSES = """
+import torch.nn.functional as F
+from axolotl.core.trainers.base import AxolotlTrainer
+
+class Mean(AxolotlTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+class Passed(AxolotlTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+class Unmasked(AxolotlTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+"""
+
+
+@pytest.fixture
+def own_losses(tmp_path, monkeypatch):
+    (tmp_path / "own_losses.py").write_text(OWN_LOSSES)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "normalization"), [("Mean", "host"), ("Passed", "global")])
+def test_a_loss_of_the_trainers_own_is_averaged_as_it_takes_a_count(
+    name, normalization, own_losses, make_config, tmp_path
+):
+    keys = {
+        "trainer_cls": f"own_losses.{name}",
+        "gradient_accumulation_steps": 3,
+        "max_steps": 2,
+        "micro_batch_size": 1,
+    }
+    masked = train(make_config(plugins="stm", stm_threshold=math.inf, output_dir=str(tmp_path / "stm"), **keys))
+    assert masked._stm_run.receipt["normalization"] == normalization
+    switched = {} if normalization == "host" else {"plugins": ["axolotl_plugins.Switches"]}
+    plain = train(make_config(output_dir=str(tmp_path / "plain"), **keys, **switched))
+    assert losses(masked) == losses(plain)
+
+
+def test_a_loss_over_other_labels_is_refused(own_losses, make_config):
+    with pytest.raises(
+        ValueError, match=r"Unmasked trains: its `compute_loss` is not one over the `labels`.*no token has"
+    ):
+        build(make_config(trainer_cls="own_losses.Unmasked", **STM))
+
+
+def test_mamba_whose_trainer_takes_token_ids_for_labels_is_refused(make_config, tokenizer, tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
+    MambaForCausalLM(MambaConfig(**sizes, eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    with pytest.raises(ValueError, match="AxolotlMambaTrainer trains: its `compute_loss`"):
+        build(make_config(base_model=str(tmp_path / "mamba"), attn_implementation="eager", **STM))
+
+
+def test_evaluation_is_averaged_as_without(make_config):
+    plain, trainer = build(make_config()), build(make_config(**STM))
+    seen = []
+
+    def compute_loss(self, *args, **kwargs):
+        seen.append((self.args.average_tokens_across_devices, self.model_accepts_loss_kwargs))
+        return host_loss(self, *args, **kwargs)
+
+    host_loss, type(trainer).compute_loss = type(trainer).compute_loss, compute_loss
+    rows = trainer.train_dataset.select(range(4))
+    assert trainer.evaluate(rows)["eval_loss"] == plain.evaluate(rows)["eval_loss"]
+    assert set(seen) == {(plain.args.average_tokens_across_devices, plain.model_accepts_loss_kwargs)}
+    assert (trainer.args.average_tokens_across_devices, trainer.model_accepts_loss_kwargs) == (True, True)
+
+
+def test_the_router_loss_that_is_summed_is_told_of(make_config, tokenizer, tmp_path, caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, output_router_logits=True, router_aux_loss_coef=0.1))
+    model.save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
+    for accumulation, times in ((1, 0), (4, 1)):
+        caplog.clear()
+        keys = {"base_model": str(tmp_path / "mixtral"), "gradient_accumulation_steps": accumulation}
+        build(make_config(**STM, **keys))
+        assert caplog.text.count("router_aux_loss_coef: 0.025") == times
+
+
+def test_simulated_quantization_has_scores_of_its_own(make_config, tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    keys = {"qat": {"weight_dtype": "int4", "group_size": 32}}
+    quantized = train(make_config(**STM, **keys, max_steps=1, output_dir=str(tmp_path / "qat")))
+    plain = train(make_config(**STM, max_steps=1, output_dir=str(tmp_path / "plain")))
+    assert quantized._stm_run.key.model != plain._stm_run.key.model
+    assert quantized._stm_run.receipt["mask_digest"] != plain._stm_run.receipt["mask_digest"]
+
+
+def test_the_receipt_of_live_masks_says_at_the_end_what_was_masked(make_config, tmp_path):
+    from axolotl.integrations.base import PluginManager
+
+    config = make_config(**STM, stm_reference="current", max_steps=2)
+    cfg, trainer = load(config), build(config)
+    trainer.train()
+    PluginManager.get_instance().post_train(cfg, trainer.model)
+    assert receipt(tmp_path / "out")["steps"] == 2
+    assert receipt(tmp_path / "out")["label_tokens"] > 0
+
+
 def test_a_run_that_was_never_masked_ends_with_an_error(make_config):
     from axolotl.integrations.base import PluginManager
 

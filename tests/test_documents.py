@@ -581,6 +581,14 @@ def test_a_padded_batch_is_cut_into_its_rows():
     assert where.tolist() == [1, 2, 3, 4]
 
 
+def test_padding_between_tokens_is_refused_unless_positions_say_what_it_parts():
+    ids, mask = np.array([[5, 6, 0, 7], [5, 6, 7, 8]]), np.array([[1, 1, 0, 1], [1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="padding between its tokens and no position_ids"):
+        Documents.from_batch(ids, ids, mask)
+    documents, _ = Documents.from_batch(ids, ids, mask, np.array([[0, 1, 0, 0], [0, 1, 2, 3]]))
+    assert documents.document_offsets.tolist() == [0, 2, 3, 7]
+
+
 def test_a_packed_batch_is_cut_where_positions_start_anew():
     ids = np.arange(6)[None]
     documents, where = Documents.from_batch(ids, ids, None, np.array([[0, 1, 2, 0, 0, 1]]))

@@ -67,6 +67,38 @@ def lora(model, seed=0, **settings):
     return get_peft_model(model, LoraConfig(**{"r": 3, "target_modules": "all-linear"} | settings)).eval()
 
 
+class OtherLinear(torch.nn.Linear):
+    """With the weights of a linear layer, another function."""
+
+    def forward(self, value):
+        return super().forward(value).round()
+
+
+def with_other_layers(model, **settings):
+    """The model with other layers in the place of its first block's output projections."""
+    linear = model.model.layers[0].mlp.down_proj
+    other = OtherLinear(linear.in_features, linear.out_features, bias=False)
+    other.weight = linear.weight
+    vars(other).update(settings)
+    model.model.layers[0].mlp.down_proj = other
+    return model
+
+
+def test_layers_that_compute_more_than_their_weights_tell():
+    """As those of quantization-aware and fp8 training, whose weights and config are the plain model's."""
+    found = [
+        llama(),
+        with_other_layers(llama()),
+        with_other_layers(llama(), config="int4", enabled=True),
+        with_other_layers(llama(), config="int4", enabled=False),
+        with_other_layers(llama(), config="int8", enabled=True),
+    ]
+    fingerprints = list(map(model_fingerprint, found))
+    assert len(set(fingerprints)) == len(found)
+    assert model_fingerprint(with_other_layers(llama())) == fingerprints[1]
+    assert model_fingerprint(lora(with_other_layers(llama()), target_modules=["down_proj"])) == fingerprints[1]
+
+
 def stirred(model, part=".lora_B.", scale=0.3):
     """Give the parameters with a part in their name random values, as training would."""
     generator = torch.Generator().manual_seed(7)

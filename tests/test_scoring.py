@@ -551,6 +551,18 @@ def test_no_gradient_is_kept(llama):
     assert torch.is_grad_enabled()
 
 
+def test_dynamic_rotary_embeddings_are_scored_as_far_as_they_stay():
+    """Beyond the length of their training, they change with the longest document so far."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = make_model(rope_parameters=rope, max_position_embeddings=48)
+    documents = make_documents(lengths=[48, 9, 30])
+    assert np.allclose(our_nll(model, documents), naive_nll(in_float64(model), documents), atol=1e-4)
+    before = model.model.rotary_emb.inv_freq.clone()
+    with pytest.raises(ValueError, match=r"documents of 49 tokens with dynamic rotary embeddings.*beyond 48"):
+        our_nll(model, make_documents(lengths=[49, 9]))
+    assert torch.equal(before, model.model.rotary_emb.inv_freq)
+
+
 # What scoring leaves behind.
 
 

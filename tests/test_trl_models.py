@@ -19,11 +19,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl_helpers import (
+    IGNORE,
     CountTokens,
     RecordingSFT,
     RecordingSTM,
     float64_logits,
     history,
+    label_rows,
     masked_rows,
     one_thread,  # noqa: F401
     oracle_nll,
@@ -215,6 +217,62 @@ def test_neftune_noise_is_off_while_scoring(tokenizer, make_model, chats, tmp_pa
     quiet = _train(make_model(), chats, tokenizer, tmp_path / "quiet", stm_threshold=threshold)
     assert quiet.losses[0] != trainer.losses[0], "NEFTune did nothing: the test says nothing"
     assert quiet._stm_run.key == trainer._stm_run.key
+
+
+def test_scoring_ahead_leaves_no_noise_behind(tokenizer, make_model, chats, tmp_path):
+    runs = []
+    for name in ("ahead", "alone"):
+        options = {"stm_threshold": 400.0, "neftune_noise_alpha": 5.0, "max_steps": 2}
+        trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path / name, trainer_class=RecordingSTM, **options)
+        if name == "ahead":
+            trainer.stm_score()
+            assert not trainer.is_in_train
+            assert not trainer.model.get_input_embeddings()._forward_hooks
+        trainer.train()
+        assert not trainer.model.get_input_embeddings()._forward_hooks
+        runs.append(trainer)
+    assert runs[0].losses == runs[1].losses
+    assert same_bits(weights(runs[0].model), weights(runs[1].model))
+
+
+def test_the_training_set_is_evaluated_unmasked(tokenizer, make_model, chats, tmp_path):
+    trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path, stm_threshold=400.0, learning_rate=0.0)
+    before = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    trainer.train()
+    assert trainer._stm_run.masks.num_masked > 0
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == before
+    assert trainer.evaluate(trainer.train_dataset.select(range(len(trainer.train_dataset))))["eval_loss"] != before
+
+
+# --- Losses of one's own --------------------------------------------------------------------------------------------
+
+
+def _mean_loss(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+
+
+def _summed_loss(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+def test_a_loss_function_that_takes_no_count_is_not_called_global(tokenizer, make_model, chats, tmp_path, caplog):
+    found = {}
+    for function in (_mean_loss, _summed_loss):
+        options = {"stm_threshold": 400.0, "max_steps": 1}
+        trainer = {"compute_loss_func": function}
+        run = stm_trainer(make_model(), chats, tokenizer, tmp_path / function.__name__, trainer=trainer, **options)
+        run.train()
+        found[function.__name__] = run._stm_run.receipt["normalization"]
+    assert found == {"_mean_loss": "host", "_summed_loss": "global"}
+    assert caplog.text.count("its own averaging stays") == 1
+    trainer = {"compute_loss_func": _mean_loss}
+    row = {"input_ids": [5, 6], "labels": [IGNORE, 6]}  # of one label, which will be masked
+    rows = [*label_rows(tokenizer, 3), row]
+    run = stm_trainer(make_model(), rows, tokenizer, tmp_path / "all", trainer=trainer, stm_mask_fraction=0.9)
+    with pytest.raises(ValueError, match="rows keep no token; a micro-batch of them would divide by zero"):
+        run.train()
 
 
 # --- Autocast and dtypes --------------------------------------------------------------------------------------------

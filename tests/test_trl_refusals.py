@@ -51,6 +51,13 @@ def _refused(match, model, *args, error=ValueError, **options):
 # --- Data -----------------------------------------------------------------------------------------------------------
 
 
+def test_documents_in_rows_that_are_trained_whole(tokenizer, make_model, tmp_path):
+    rows = [row | {"seq_lengths": [3, len(row["input_ids"]) - 3]} for row in label_rows(tokenizer, 4)]
+    _refused("column seq_lengths.*Set padding_free=True", make_model(), rows, tokenizer, tmp_path, max_length=None)
+    trainer = stm_trainer(make_model(), rows, tokenizer, tmp_path, max_length=None, padding_free=True)
+    assert len(trainer.stm_score().plan.documents) == 8
+
+
 def test_streaming(tokenizer, make_model, chats, tmp_path):
     message = _refused(
         "streaming", make_model(), as_dataset(chats).to_iterable_dataset(), tokenizer, tmp_path, max_length=None

@@ -208,7 +208,8 @@ class STMTrainerMixin(_Trainer):
             )
         self._stm_only_scores = True
         try:
-            self.train()
+            with preserved_random_state():
+                self.train()
         except _Scored:
             pass
         finally:
@@ -294,13 +295,13 @@ class STMTrainerMixin(_Trainer):
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         return batches, num_items_in_batch
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The host's; of the training set as it was before it was masked."""
-        return super().get_eval_dataloader(self._stm_unmasked(eval_dataset))
+        return super().evaluate(self._stm_unmasked(eval_dataset), *args, **kwargs)
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's; of the training set as it was before it was masked."""
-        return super().get_test_dataloader(self._stm_unmasked(test_dataset))
+        return super().predict(self._stm_unmasked(test_dataset), *args, **kwargs)
 
     def _stm_unmasked(self, dataset: Any) -> Any:
         run = self._stm_run

@@ -145,7 +145,8 @@ class Scorer:
         agree: Agree | None = None,
     ):
         check_scorable(model)
-        _check_length(causal_lm(model).config.get_text_config(), int(plan.lengths.max(initial=0)))
+        longest = int(np.diff(plan.documents.document_offsets).max(initial=0))
+        _check_length(causal_lm(model).config.get_text_config(), longest)
         self.model, self.plan, self.autocast, self.agree = model, plan, autocast, agree
         self._backbone = Backbone(causal_lm(model))
         self.tokens_per_batch: int | None = None
