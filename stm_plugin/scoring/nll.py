@@ -300,6 +300,12 @@ def check_scorable(model: Any) -> None:
             f"STM cannot score {type(lm).__name__}: it has no backbone apart from its language-model head "
             "(transformers' `base_model`)."
         )
+    looks_back_only = any(getattr(module, "is_causal", False) for module in lm.base_model.modules())
+    if getattr(lm.config, "is_decoder", None) is False and not looks_back_only:
+        raise ValueError(
+            f"STM cannot score {type(lm).__name__} with is_decoder=False in its config: tokens see those after them. "
+            "For a causal language model, load it with is_decoder=True."
+        )
     configs = getattr(model, "peft_config", {})
     for name, config in configs.items():
         if config.is_prompt_learning:
