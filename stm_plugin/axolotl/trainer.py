@@ -3,7 +3,6 @@
 import logging
 from typing import Any
 
-from axolotl.core.trainers.base import AxolotlTrainer
 from transformers import Trainer
 
 from ..masking.mixin import STMTrainerMixin
@@ -47,6 +46,8 @@ def put_stm_into(trainer: Any, options: STMOptions) -> None:
 
 def _loss_facts(trainer: Any, host: Any) -> LossFacts:
     """Facts about the loss that a trainer computes; ValueError where it is not over the labels of the batch."""
+    from axolotl.core.trainers.base import AxolotlTrainer
+
     if host.compute_loss in (Trainer.compute_loss, AxolotlTrainer.compute_loss):
         return loss_facts(trainer.model)
     try:
