@@ -121,7 +121,8 @@ def test_positions_and_rotations_of_other_kinds():
             whole = exact.base_model(input_ids=torch.from_numpy(input_ids), use_cache=False)[0]
             rest = Backbone(exact).last_hidden_states(input_ids, 12)
         assert torch.allclose(rest, whole[:, 12:], atol=1e-5) == can_share, "refused for no reason, or wrong"
-        assert np.abs(our_nll(model, documents, 4096) - our_nll(model, documents, 1)).max() < 1e-4 or not can_share
+        if can_share:
+            assert np.abs(our_nll(model, documents, 4096) - our_nll(model, documents, 1)).max() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def _summed_loss(outputs, labels, num_items_in_batch=None):
 def test_a_loss_function_that_takes_no_count_is_not_called_global(tokenizer, make_model, chats, tmp_path, caplog):
     found = {}
     for function in (_mean_loss, _summed_loss):
-        options = {"stm_threshold": 400.0, "max_steps": 1}
+        options = {"stm_threshold": 400.0, "max_steps": 1, "loss_type": "nll"}
         trainer = {"compute_loss_func": function}
         run = stm_trainer(make_model(), chats, tokenizer, tmp_path / function.__name__, trainer=trainer, **options)
         run.train()
@@ -270,7 +270,9 @@ def test_a_loss_function_that_takes_no_count_is_not_called_global(tokenizer, mak
     trainer = {"compute_loss_func": _mean_loss}
     row = {"input_ids": [5, 6], "labels": [IGNORE, 6]}  # of one label, which will be masked
     rows = [*label_rows(tokenizer, 3), row]
-    run = stm_trainer(make_model(), rows, tokenizer, tmp_path / "all", trainer=trainer, stm_mask_fraction=0.9)
+    run = stm_trainer(
+        make_model(), rows, tokenizer, tmp_path / "all", trainer=trainer, stm_mask_fraction=0.9, loss_type="nll"
+    )
     with pytest.raises(ValueError, match="rows keep no token; a micro-batch of them would divide by zero"):
         run.train()
 

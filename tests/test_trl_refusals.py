@@ -156,6 +156,7 @@ def test_segments_that_do_not_fill_their_row(tokenizer, make_model, tmp_path):
         tokenizer,
         tmp_path,
         max_length=None,
+        padding_free=True,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
 

@@ -322,8 +322,10 @@ def check_scorable(model: Any) -> None:
 
 def _check_length(config: Any, longest: int) -> None:
     """Raise ValueError for documents whose length changes the rotary embeddings of those that come after them."""
-    limit = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    if "'dynamic'" in str(getattr(config, "rope_parameters", None)) and longest > limit:
+    if "'dynamic'" not in str(getattr(config, "rope_parameters", None)):
+        return
+    limit = config.max_position_embeddings
+    if longest > limit:
         raise ValueError(
             f"STM cannot score documents of {longest} tokens with dynamic rotary embeddings (rope_type 'dynamic'): "
             f"beyond {limit} tokens, what one document is given depends on those before it. Cut documents there "
