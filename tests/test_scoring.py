@@ -559,9 +559,9 @@ def test_a_model_that_sees_what_comes_after_is_refused():
         config = getattr(transformers, f"{name}Config")(**sizes, intermediate_size=64, max_position_embeddings=64)
         with pytest.raises(ValueError, match="with is_decoder=False in its config"):
             our_nll(transformers.AutoModelForCausalLM.from_config(config).eval(), documents)
-        config.is_decoder = True
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
-        assert np.allclose(our_nll(model, documents), naive_nll(model, documents), atol=1e-5)
+    config = transformers.BertConfig(**sizes, intermediate_size=64, max_position_embeddings=64, is_decoder=True)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert np.allclose(our_nll(model, documents), naive_nll(model, documents), atol=1e-5)
 
 
 def test_dynamic_rotary_embeddings_are_scored_as_far_as_they_stay():
