@@ -191,6 +191,10 @@ def test_an_option_that_differs_from_the_config_is_refused(arguments):
         check_command_line(cfg, ["axolotl", "train", "c.yml", *arguments])
     check_command_line(cfg, ["c.yml", "--stm-threshold", "400", "--stm_strategy=high", "--stm-report", "true"])
     check_command_line(cfg, ["c.yml", "--stm-report", "--stm-threshold=4e2"])
+    check_command_line(cfg, ["axolotl", "train", "--stm-report", "c.yml"])
+    for given in (["--stm-report", "c.yml"], ["c.yml", "--stm-report"], ["c.yml", "--stm-report=true"]):
+        with pytest.raises(ValueError, match="set stm_report in the config, which has False"):
+            check_command_line(cfg | {"stm_report": False}, given)
 
 
 # --- Interpreter start ----------------------------------------------------------------------------------------------

@@ -98,8 +98,11 @@ def check_command_line(cfg: Mapping[str, Any], arguments: list[str]) -> None:
 
 
 def _is_set(value: Any, text: str) -> bool:
-    """Whether a config has what the command line says; of a flag without a value, anything."""
-    if value is None or not text or text.startswith("--"):
+    """Whether a config has what the command line says; of a flag without a value, anything, or else what is on."""
+    has_no_value = not text or text.startswith("--")
+    if isinstance(value, bool) and (has_no_value or text.lower() not in ("true", "false", "1", "0")):
+        return value  # what follows is no value but, say, the config's name
+    if value is None or has_no_value:
         return value is not None
     try:
         return float(value) == float(text)
