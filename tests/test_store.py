@@ -16,7 +16,7 @@ import pytest
 from store_helpers import write
 
 from stm_plugin.constants import SCORES_FORMAT_VERSION
-from stm_plugin.scoring.store import MANIFEST, ScoresError, ScoresKey, ScoreStore, cache_home, default_root
+from stm_plugin.scoring.store import MANIFEST, Draft, ScoresError, ScoresKey, ScoreStore, cache_home, default_root
 
 KEY = ScoresKey(model="aa11", quantization="none", dtype="torch.float32", autocast="torch.bfloat16", data="bb22")
 SHARD = "shard-000000000000.npy"
@@ -355,6 +355,17 @@ def test_a_file_where_the_entry_belongs(store):
     refused(store)
     with pytest.raises(ScoresError):
         write(store, KEY, some_scores())
+
+
+def test_a_writer_that_fails_lets_go_of_the_entry(store, monkeypatch):
+    """Also while its error, and with it all it was doing, is still held."""
+    with monkeypatch.context() as failing:
+        failing.setattr(Draft, "recover", lambda draft: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as held, store.writing(KEY, 1000, 4096):
+            pass
+    with ScoreStore(store.root).writing(KEY, 1000, 4096, patience=0) as draft:
+        assert len(draft.scores) == 1000
+    assert held.traceback
 
 
 def test_many_writers_at_once(store):

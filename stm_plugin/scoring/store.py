@@ -192,14 +192,14 @@ class ScoreStore:
         self.check_writable()
         path, lock = self.path(key), FileLock(self.root / f".{key.name}.lock")
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             logger.info("Another process is making the scores in %s; this one waits for it.", path)
             try:
-                lock.acquire(timeout=patience)
+                held = lock.acquire(timeout=patience)
             except Timeout:
                 raise ScoresBusyError(f"Another process is still making the scores in {path}.") from None
-        with lock:
+        with held:  # `with lock` would acquire it once more, and release it once
             draft = Draft(path, key, num_scores, tokens_per_batch)
             with _write_errors(path):
                 draft.recover()
