@@ -41,8 +41,8 @@ class STMOptions:
         default=REFERENCE_INITIAL,
         metadata={
             "help": "Whose perplexities count: `initial` (the model as training starts, scored once), `current` (the "
-            "live weights, scored anew at every step: one more forward pass) or the path or id of another model with "
-            "the same tokenizer."
+            "live weights, scored anew at every step: one more forward pass) or the path or id of another model, or "
+            "adapter, with the same tokenizer."
         },
     )
     stm_reference_kwargs: dict[str, Any] | str | None = field(

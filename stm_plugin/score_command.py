@@ -15,6 +15,7 @@ from typing import Any
 
 from .constants import REPORT_NAME
 from .inspection.sweep import THRESHOLDS, sweep_of
+from .loading import is_adapter
 from .report.page import write_report
 from .scoring.store import EntryReport, ScoresError, entries
 
@@ -121,10 +122,9 @@ def _only_score(training_args: Any, output_dir: str) -> None:
 def _attach_what_training_a_quantized_model_needs(model_args: Any, trust_remote_code: bool) -> None:
     """Ask for a fresh LoRA, which changes no score, where the host takes no quantized model without an adapter."""
     from transformers import AutoConfig
-    from transformers.utils import find_adapter_config_file
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    if model_args.use_peft or not name or find_adapter_config_file(name, revision=revision) is not None:
+    if model_args.use_peft or not name or is_adapter(name, revision):
         return
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     is_quantized = getattr(config, "quantization_config", None) is not None

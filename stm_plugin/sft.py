@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .loading import base_of, is_adapter, tokenizer_source, with_adapter
+
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -96,27 +98,24 @@ def load_with_adapter(name: str, training_args: Any, quantization_config: Any) -
         `model` and `processing_class` for `SFTTrainer`; None where the name is not that of an adapter. The tokenizer
         is the one saved with the adapter, if there is one.
     """
-    from peft import PeftConfig, PeftModel
     from transformers import AutoTokenizer
-    from transformers.utils import find_adapter_config_file
-    from transformers.utils.hub import has_file
     from trl.trainer.utils import create_model_from_path
 
     keywords = dict(training_args.model_init_kwargs)
     revision = keywords.pop("revision")
-    if find_adapter_config_file(name, revision=revision) is None:
+    if not is_adapter(name, revision):
         return None
-    config = PeftConfig.from_pretrained(name, revision=revision)
+    base = base_of(name, revision)
     if training_args.world_size > 1:
         keywords["device_map"] = None  # as TRL has it
     if quantization_config is not None:
         keywords["quantization_config"] = quantization_config
-    base = create_model_from_path(config.base_model_name_or_path, revision=config.revision, **keywords)
+    model = create_model_from_path(base.name, revision=base.revision, **keywords)
     training_args.model_init_kwargs = None
-    has_tokenizer = has_file(name, "tokenizer_config.json", revision=revision)
+    own = tokenizer_source(name, revision, base)
     return {
-        "model": PeftModel.from_pretrained(base, name, revision=revision, is_trainable=True),
-        "processing_class": AutoTokenizer.from_pretrained(name, revision=revision) if has_tokenizer else None,
+        "model": with_adapter(model, name, revision=revision, is_trainable=True),
+        "processing_class": AutoTokenizer.from_pretrained(name, revision=revision) if own != base else None,
     }
 
 
@@ -127,7 +126,7 @@ def load_splits(script_args: Any, mixture_args: Any) -> Any:
     `DatasetDict.save_to_disk` wrote.
 
     Raises:
-        ValueError: If neither a mixture nor a name is given.
+        ValueError: If neither a mixture nor a name is given, or that of a file which is not there.
     """
     from datasets import Dataset, load_dataset, load_from_disk
     from trl import get_dataset
@@ -141,6 +140,8 @@ def load_splits(script_args: Any, mixture_args: Any) -> Any:
         saved = load_from_disk(name)
         return {script_args.dataset_train_split: saved} if isinstance(saved, Dataset) else saved
     loader = _LOADERS.get(Path(name).suffix.lower())
+    if loader is not None and not os.path.exists(name):
+        raise ValueError(f"--dataset_name {name}: no such file.")
     if loader is not None and os.path.isfile(name):
         return load_dataset(loader, data_files=name, streaming=script_args.dataset_streaming)
     return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)

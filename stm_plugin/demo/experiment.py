@@ -233,15 +233,15 @@ def _train(arm: str, model_path: Path, chats: list[Chat], options: DemoOptions, 
 def _measure(initial: Any, model_path: Path, adapter: Path, answers: Sequence[Any]) -> tuple["Drift", float]:
     """Drift and weight change of a saved adapter."""
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from ..loading import with_adapter
     from ..measures.drift import measure_drift
     from ..measures.weight_change import adapter_change_norm
 
     gc.collect()  # a trainer is a cycle: its model goes only now
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    tuned = PeftModel.from_pretrained(base, str(adapter))
+    tuned = with_adapter(base, str(adapter))
     return measure_drift(initial, tuned, answers), adapter_change_norm(tuned)
 
 

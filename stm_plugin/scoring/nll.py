@@ -19,6 +19,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 
 from .._compat import repacks_weights_in_eval_mode
 from ..constants import IGNORE_INDEX
+from ..loading import load_causal_lm
 from ..options import STMOptions
 from .documents import Documents
 from .plan import ScorePlan
@@ -54,7 +55,7 @@ def score_dataset(
     """Score a tokenized data set with a model as it stands (adapters included), in eval mode.
 
     Args:
-        model: Causal language model, or the path or id of one, loaded in its checkpoint's dtype.
+        model: Causal language model, or the path or id of one or of an adapter, loaded in its checkpoint's dtype.
         dataset: Rows of `input_ids`, and where they have them `labels` (-100 where the loss is off; without the column
             every token is a label) and `seq_lengths` (packed documents, scored one by one).
         tokens_per_batch: Most tokens of one forward pass, padding included; None for what suits the device.
@@ -70,9 +71,7 @@ def score_dataset(
     documents = Documents.from_dataset(dataset)
     plan = ScorePlan.of(documents)
     if isinstance(model, str):
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        model = load_causal_lm(model, {"dtype": "auto"})
     scores = score(model, plan, tokens_per_batch=tokens_per_batch, progress=progress)
     nll = np.full(len(documents.input_ids), np.nan, dtype=np.float32)
     nll[documents.label_mask] = plan.spread(scores)

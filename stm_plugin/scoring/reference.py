@@ -3,12 +3,12 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..loading import load_causal_lm, tokenizer_source
 from ..options import STMOptions
 from .sharding import loaded_whole
 
@@ -28,11 +28,10 @@ def check_same_tokens(option: str, name: str, keywords: dict[str, Any], tokenize
     """
     from transformers import AutoTokenizer
 
-    shared = {key: keywords[key] for key in ("revision", "trust_remote_code") if key in keywords}
+    trusted = {key: keywords[key] for key in ("trust_remote_code",) if key in keywords}
     try:
-        base = _base_of_adapter(name)
-        has_own = base is None or Path(name, "tokenizer_config.json").is_file()
-        other = AutoTokenizer.from_pretrained(name if has_own else base, **shared)
+        source = tokenizer_source(name, keywords.get("revision"))
+        other = AutoTokenizer.from_pretrained(source.name, revision=source.revision, **trusted)
     except (OSError, ValueError) as error:
         raise _cannot_load(option, name, error) from error
     ids = np.unique(token_ids).tolist()
@@ -50,7 +49,7 @@ def loaded_reference(options: STMOptions, device: torch.device) -> Iterator[Any]
     """The reference model, in its checkpoint's dtype unless its options say otherwise; freed at the end.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it, or the base of an adapter, cannot be loaded.
     """
     assert not isinstance(options.stm_reference_kwargs, str)
     keywords = {"dtype": "auto"} | (options.stm_reference_kwargs or {})
@@ -83,20 +82,7 @@ def loaded_tuned_model(options: STMOptions, trained: Any, device: torch.device) 
     if getattr(lm, "is_quantized", False):
         keywords |= {"quantization_config": lm.config.quantization_config, "device_map": {"": device}}
     keywords |= trusted_code(lm)
-    try:
-        base = _base_of_adapter(name)
-    except (OSError, ValueError) as error:
-        raise _cannot_load("stm_tuned_model", name, error) from error
-    with _loaded("stm_tuned_model", base or name, keywords, torch.device("cpu")) as model:
-        if base is not None:
-            from peft import PeftModel
-
-            try:
-                model = PeftModel.from_pretrained(model, name)
-            except (OSError, ValueError, RuntimeError) as error:  # one of its weights has another shape, say
-                raise ValueError(
-                    f"stm_tuned_model={name!r} is an adapter that does not fit its base {base!r}: {error}"
-                ) from error
+    with _loaded("stm_tuned_model", name, keywords, torch.device("cpu")) as model:
         if quantization(model) == quantization(trained):  # else it is refused, or packed weights would be cast
             take_over_dtypes(model, weight_dtypes(trained))
         yield model
@@ -110,11 +96,9 @@ def trusted_code(lm: Any) -> dict[str, Any]:
 
 @contextmanager
 def _loaded(option: str, name: str, keywords: dict[str, Any], device: torch.device) -> Iterator[Any]:
-    from transformers import AutoModelForCausalLM
-
     try:
         with loaded_whole():
-            model = AutoModelForCausalLM.from_pretrained(name, **keywords)
+            model = load_causal_lm(name, keywords)
     except (OSError, ValueError) as error:
         raise _cannot_load(option, name, error) from error
     if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):
@@ -126,23 +110,6 @@ def _loaded(option: str, name: str, keywords: dict[str, Any], device: torch.devi
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _base_of_adapter(name: str) -> str | None:
-    """The model that an adapter is for; None if a path or id is not that of an adapter.
-
-    Raises:
-        ValueError: If the adapter does not say.
-    """
-    from peft import PeftConfig
-    from transformers.utils import find_adapter_config_file
-
-    if find_adapter_config_file(name) is None:
-        return None
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    if not base:
-        raise ValueError("its adapter_config.json does not say which model it is for (base_model_name_or_path).")
-    return str(base)
 
 
 def _cannot_load(option: str, name: str, error: Exception) -> ValueError:
