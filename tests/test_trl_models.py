@@ -37,6 +37,8 @@ from trl_helpers import (
     weights,
 )
 
+from stm_plugin import score_dataset
+
 LORA = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.3, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 
 
@@ -235,13 +237,17 @@ def test_scoring_ahead_leaves_no_noise_behind(tokenizer, make_model, chats, tmp_
     assert same_bits(weights(runs[0].model), weights(runs[1].model))
 
 
-def test_the_training_set_is_evaluated_unmasked(tokenizer, make_model, chats, tmp_path):
+def test_the_training_set_is_evaluated_unmasked(tokenizer, make_model, chats, tmp_path, caplog):
     trainer = stm_trainer(make_model(), chats, tokenizer, tmp_path, stm_threshold=400.0, learning_rate=0.0)
     before = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     trainer.train()
     assert trainer._stm_run.masks.num_masked > 0
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == before
-    assert trainer.evaluate(trainer.train_dataset.select(range(len(trainer.train_dataset))))["eval_loss"] != before
+    assert "the loss leaves their masked tokens out" not in caplog.text
+    some = trainer.train_dataset.select(range(len(trainer.train_dataset)))
+    assert trainer.evaluate(some)["eval_loss"] != before
+    trainer.evaluate({"some": some})
+    assert caplog.text.count("the loss leaves their masked tokens out") == 2
 
 
 # --- Losses of one's own --------------------------------------------------------------------------------------------
@@ -553,6 +559,28 @@ def test_reference_scores_are_the_references(kind, reference, tokenizer, make_mo
     assert [list(row) for row in trainer.train_dataset["labels"]] != of_start
     receipt = json.loads((tmp_path / "stm.json").read_text())
     assert receipt["reference"] == reference
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "module saved whole"])
+def test_reference_may_be_an_adapter(kind, reference, tokenizer, make_model, chats, tmp_path):
+    """Compared with its weights merged into the base: DoRA's magnitudes and saved modules count, too."""
+    options = {"dora": {"use_dora": True}, "module saved whole": {"modules_to_save": ["lm_head"]}}.get(kind, {})
+    torch.manual_seed(3)
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(reference), LoraConfig(**LORA | options))
+    for weight in adapter.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn_like(weight)
+    adapter.save_pretrained(tmp_path / "adapter")
+    plain = _plain_rows(tokenizer, make_model, chats, tmp_path)
+    expected = scores_of(oracle_nll(plain, adapter.merge_and_unload()))
+    assert np.abs(expected - scores_of(oracle_nll(plain, make_model()))).max() > 0.1
+    name = str(tmp_path / "adapter")
+    trainer = _train(make_model(), chats, tokenizer, tmp_path, stm_threshold=1500.0, stm_reference=name, bf16=False)
+    assert np.abs(_scores(trainer) - expected).max() < 5e-5
+    assert json.loads((tmp_path / "stm.json").read_text())["reference"] == name
+    by_path = score_dataset(name, trainer._stm_run.source, progress=False)
+    rows = np.concatenate([nll[~np.isnan(nll)] for nll in by_path])
+    assert np.abs(rows - expected).max() < 5e-5
 
 
 def test_reference_under_bf16_training_keeps_its_own_dtype(reference, tokenizer, make_model, chats, tmp_path):

@@ -98,11 +98,16 @@ class LiveTotals:
         self.threshold_nats = threshold_nats
 
 
-def check_unmasked(dataset: Any) -> None:
-    """Raise ValueError for a data set that STM has masked already."""
+def is_masked(dataset: Any) -> bool:
+    """Whether a data set has been masked by STM, or is a part of one that has."""
     import datasets
 
-    if isinstance(dataset, datasets.Dataset) and MASKED_COLUMN in dataset.column_names:
+    return isinstance(dataset, datasets.Dataset) and MASKED_COLUMN in dataset.column_names
+
+
+def check_unmasked(dataset: Any) -> None:
+    """Raise ValueError for a data set that STM has masked already."""
+    if is_masked(dataset):
         raise ValueError(
             f"The training set has been masked by STM already (it has a column {MASKED_COLUMN!r}): masking it again "
             "would leave out what other scores chose. Give the data set as it was before."

@@ -35,7 +35,7 @@ from .checkpoint import STMState
 from .collators import MaskCounter
 from .host import Host
 from .live import MaskingLive
-from .masks import check_unmasked
+from .masks import check_unmasked, is_masked
 from .receipt import Receipt, write_receipt
 
 if TYPE_CHECKING:
@@ -306,7 +306,14 @@ class STMTrainerMixin(_Trainer):
     def _stm_unmasked(self, dataset: Any) -> Any:
         run = self._stm_run
         masked = None if run is None else vars(run).get("masked")  # not made only to be compared
-        return run.source if run is not None and masked is not None and dataset is masked else dataset
+        if run is not None and masked is not None and dataset is masked:
+            return run.source
+        if is_masked(dataset):
+            self._stm_host.warn(
+                "Rows of the training set as STM masked it are evaluated: the loss leaves their masked tokens out. "
+                "For all tokens, take the rows from the data set as it was given, or before train()."
+            )
+        return dataset
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """The host's, whose loss is averaged as it is without STM."""
