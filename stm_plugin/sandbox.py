@@ -85,7 +85,7 @@ class Limits:
                 raise ValueError(f"the limit {field.name} is {value!r}; it must be a positive number.")
 
 
-def run_code(code: str, limits: Limits = Limits()) -> Outcome:
+def run_code(code: str, limits: Limits = Limits(), name: str = "__main__") -> Outcome:
     """Run Python code contained, as a script of its own, and say whether it ran to its end.
 
     It may import the standard library and the packages installed here. It starts in an empty folder, which is its home
@@ -101,12 +101,13 @@ def run_code(code: str, limits: Limits = Limits()) -> Outcome:
     Args:
         code: Python source.
         limits: What it may use.
+        name: What the code finds as its `__name__`; it is a module of that name.
 
     Raises:
         SandboxError: The system cannot run it contained. Never because of what the code does.
     """
     start = time.monotonic()
-    status, _, output = _run(code, limits, _probe()[0])
+    status, _, output = _run(code, limits, _probe()[0], name)
     if status in ("error", "unavailable"):
         raise SandboxError(f"this system cannot run model-written code contained: {output.strip()}")
     return Outcome(status == "passed", status, output, time.monotonic() - start)
@@ -137,7 +138,7 @@ def _probe() -> tuple[bool, tuple[str, ...]]:
         )
     output = "Python does not know its own executable"
     for namespaces in (True, False) if sys.platform == "linux" else (False,):
-        status, cut, output = _run("", Limits(), namespaces)
+        status, cut, output = _run("", Limits(seconds=60), namespaces)  # slowness is no lack of ability
         if status == "passed":
             return namespaces, cut
         if status != "unavailable":
@@ -148,7 +149,7 @@ def _probe() -> tuple[bool, tuple[str, ...]]:
 # The calling process.
 
 
-def _run(code: str, limits: Limits, namespaces: bool) -> tuple[str, tuple[str, ...], str]:
+def _run(code: str, limits: Limits, namespaces: bool, name: str = "__main__") -> tuple[str, tuple[str, ...], str]:
     """Run some code in one of the two ways.
 
     Returns:
@@ -159,7 +160,7 @@ def _run(code: str, limits: Limits, namespaces: bool) -> tuple[str, tuple[str, .
 
     folder = tempfile.mkdtemp(prefix="stm-sandbox-")
     try:
-        report, output = _launch(code, limits, namespaces, folder)
+        report, output = _launch(code, limits, namespaces, folder, name)
     finally:
         _remove(folder)
     if not report:
@@ -170,7 +171,7 @@ def _run(code: str, limits: Limits, namespaces: bool) -> tuple[str, tuple[str, .
     return status, tuple(filter(None, cut.split(","))), output + note
 
 
-def _launch(code: str, limits: Limits, namespaces: bool, folder: str) -> tuple[str, str]:
+def _launch(code: str, limits: Limits, namespaces: bool, folder: str, name: str) -> tuple[str, str]:
     """Start the launcher and wait for its end.
 
     Returns:
@@ -184,7 +185,19 @@ def _launch(code: str, limits: Limits, namespaces: bool, folder: str) -> tuple[s
         numbers = [str(number) for number in (report_end, int(namespaces), *_numbers(limits))]
         process = subprocess.Popen(
             # -I would ignore PYTHONHASHSEED, which makes runs alike; -S: no .pth files, which may import anything
-            [sys.executable, "-s", "-P", "-S", "-X", "utf8", os.path.abspath(__file__), folder, *numbers, *packages],
+            [
+                sys.executable,
+                "-s",
+                "-P",
+                "-S",
+                "-X",
+                "utf8",
+                os.path.abspath(__file__),
+                folder,
+                name,
+                *numbers,
+                *packages,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -309,6 +322,7 @@ class _Job(NamedTuple):
         limits: Of the code.
         packages: Folders of installed packages.
         code: Its source.
+        name: Its `__name__`.
         user: User id to run it as, if that is another.
         others: Processes and threads of that user that the code's limit does not mean.
     """
@@ -319,6 +333,7 @@ class _Job(NamedTuple):
     limits: Limits
     packages: list[str]
     code: bytes
+    name: str
     user: int | None
     others: int
 
@@ -334,15 +349,15 @@ class _StoppedError(Exception):
 def _main(arguments: list[str]) -> NoReturn:
     """Do as `_launch` asks, report, and exit."""
     num_limits = len(fields(Limits))
-    folder, report, namespaces, *numbers = arguments[: 3 + num_limits]
+    folder, name, report, namespaces, *numbers = arguments[: 4 + num_limits]
     values: list[Any] = [float(number) for number in numbers]
-    limits, packages = Limits(*values), arguments[3 + num_limits :]
+    limits, packages = Limits(*values), arguments[4 + num_limits :]
     cut: tuple[str, ...] = ()
     try:
         os.umask(0o022)
         code = sys.stdin.buffer.read()
         user, others = _user_for_code(namespaces == "1")
-        job = _Job(folder, int(report), namespaces == "1", limits, packages, code, user, others)
+        job = _Job(folder, int(report), namespaces == "1", limits, packages, code, name, user, others)
         cut = _enter_namespaces(job) if job.namespaces else _prepare_without_namespaces(job)
         status, note = _keep(job)
     except _UnavailableError as error:
@@ -561,7 +576,7 @@ def _keep(job: _Job) -> tuple[str, str]:
             _report(job.report, "error", (), f"{type(error).__name__}: {error}")
             os._exit(1)
         os.close(job.report)
-        _execute(job.code, os.path.join(os.environ["HOME"], "code.py"), proof_end, token)
+        _execute(job, os.path.join(os.environ["HOME"], "code.py"), proof_end, token)
     os.close(proof_end)
     try:
         signal.setitimer(signal.ITIMER_REAL, job.limits.seconds)
@@ -694,12 +709,12 @@ def _drop_capabilities() -> None:
     _call("capset", (ctypes.c_uint32 * 2)(version_3, 0), (ctypes.c_uint32 * 6)())
 
 
-def _execute(code: bytes, path: str, proof: int, token: bytes) -> NoReturn:
+def _execute(job: _Job, path: str, proof: int, token: bytes) -> NoReturn:
     """Run the code as the main module, say so if it reaches its end, and exit."""
-    main, pid = ModuleType("__main__"), os.getpid()
+    code, main, pid = job.code, ModuleType(job.name), os.getpid()
     getpid, leave, write = os.getpid, os._exit, os.write  # the code may change those in `os`
     main.__file__, sys.argv = path, [path]
-    sys.modules["__main__"] = main
+    sys.modules["__main__"] = sys.modules[job.name] = main
     status = 1
     try:
         with open(path, "wb") as file:  # so that tracebacks and `inspect` find it

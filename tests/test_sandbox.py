@@ -1,6 +1,7 @@
 """Hostile programs, contained in every way this system offers."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from stm_plugin.sandbox import Limits, Outcome, SandboxError, isolation, run_cod
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="model-written code is run on Linux and macOS only")
 
 SECRET = "the-token-of-the-hub-4711"
-OTHER_USER = 12345
+OTHER_USER = 20_000 + os.getpid()  # not that of another run of these tests, whose processes would count
 GOOD = "import math\nassert math.gcd(12, 18) == 6\n"
 
 # A process of its own for each way, so that it can be another user's and have a secret in its environment from the
@@ -33,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 sys.path.insert(0, sys.argv[1])
 import sandbox
 namespaces = sys.argv[2] == "True"
-status, cut, output = sandbox._run("", sandbox.Limits(), namespaces)
+status, cut, output = sandbox._run("", sandbox.Limits(seconds=60), namespaces)
 sandbox._probe = lambda: (namespaces, cut)
 print(json.dumps([status, output, sandbox.isolation()]), flush=True)
 for line in sys.stdin:
@@ -70,12 +71,20 @@ class Way:
     def run(self, code: str, **limits) -> Outcome:
         return self.run_together([code], **limits)[0]
 
+    def run_quickly(self, code: str, within: float, **limits) -> Outcome:
+        """The outcome of the first of three runs that takes less than so long: a busy machine may be slow once."""
+        for _ in range(3):
+            outcome = self.run(code, **limits)
+            if outcome.seconds < within:
+                return outcome
+        raise AssertionError(f"not within {within} seconds in three runs: {outcome}")
+
     def run_together(self, codes: list[str], **limits) -> list[Outcome]:
         self.start(codes, **limits)
         return [Outcome(*fields) for fields in json.loads(self.process.stdout.readline())]
 
     def start(self, codes: list[str], **limits) -> None:
-        self.process.stdin.write(json.dumps([codes, {"seconds": 10} | limits]) + "\n")
+        self.process.stdin.write(json.dumps([codes, {"seconds": 60} | limits]) + "\n")
         self.process.stdin.flush()
 
     def leftovers(self) -> list[str]:
@@ -212,7 +221,7 @@ def test_status(way):
         assert outcome.status == status, (name, outcome)
         assert outcome.passed == (status == "passed"), (name, outcome)
         assert text in outcome.output, (name, outcome)
-        assert 0 < outcome.seconds < 10, (name, outcome)
+        assert 0 < outcome.seconds < 60, (name, outcome)
 
 
 # Containment.
@@ -220,7 +229,7 @@ def test_status(way):
 
 ENDLESS = [
     "while True: pass",
-    "import time\ntime.sleep(60)",
+    "import time\ntime.sleep(600)",
     "import os\nos.close(1), os.close(2)\nwhile True: pass",
     "import signal\nfor i in range(1, 65):\n    try: signal.signal(i, signal.SIG_IGN)\n"
     "    except (OSError, ValueError): pass\nwhile True: pass",
@@ -230,30 +239,31 @@ ENDLESS = [
 
 
 def test_endless_programs_are_ended(way):
-    for outcome in way.run_together(ENDLESS, seconds=0.5):
+    for code, outcome in zip(ENDLESS, way.run_together(ENDLESS, seconds=0.5), strict=True):
         assert (outcome.passed, outcome.status) == (False, "timed out")
-        assert 0.5 <= outcome.seconds < 4
+        assert 0.5 <= outcome.seconds
         assert len(outcome.output) <= Limits().output_bytes + 100
+        if outcome.seconds >= 4:
+            way.run_quickly(code, 4, seconds=0.5)
 
 
 def test_a_fork_bomb_is_contained(way):
-    outcome = way.run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", seconds=0.5)
-    assert outcome.status == "timed out"
-    assert outcome.seconds < 4
+    code = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+    assert way.run_quickly(code, 4, seconds=0.5).status == "timed out"
 
 
 def test_a_process_that_always_goes_on_in_its_child_is_caught(way):
     code = "import os\nwhile True:\n    try:\n        if os.fork(): os._exit(0)\n    except OSError: pass"
-    outcome = way.run(code)
-    assert outcome.status == "ended early"
-    assert outcome.seconds < 4
+    assert way.run_quickly(code, 4).status == "ended early"
 
 
 def test_the_number_of_processes_is_limited(way):
     if "processes" not in way.isolation:
         pytest.skip("this system cannot limit the processes of one program")
+    if not way.namespaces and way.user == os.geteuid() != 0:
+        pytest.skip("without namespaces, what else this user runs counts too")
     code = (
-        "import os, time\nmade = 0\nfor _ in range(300):\n    try:\n        if os.fork() == 0: time.sleep(60)\n"
+        "import os, time\nmade = 0\nfor _ in range(300):\n    try:\n        if os.fork() == 0: time.sleep(600)\n"
         "        made += 1\n    except OSError: pass\nprint(made)"
     )
     assert 1 <= int(way.run(code, processes=8).output) <= 8
@@ -262,15 +272,13 @@ def test_the_number_of_processes_is_limited(way):
 def test_a_daemon_does_not_outlive_the_program(way):
     code = (
         "import os, signal, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
-        "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n        time.sleep(60)\n    os._exit(0)\nos.wait()\n"
+        "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n        time.sleep(600)\n    os._exit(0)\nos.wait()\n"
     )
-    outcome = way.run(code)
-    assert outcome.passed  # at once, and the fixture finds no process
-    assert outcome.seconds < 3
+    assert way.run_quickly(code, 3).passed  # at once, and the fixture finds no process
 
 
 def test_threads_left_running_do_not_hold_it_up(way):
-    assert way.run("import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()").passed
+    assert way.run("import threading, time\nthreading.Thread(target=time.sleep, args=[600]).start()").passed
 
 
 def test_memory_is_limited(way):
@@ -327,14 +335,15 @@ def test_the_network_is_cut(way):
     if "network" not in way.isolation:
         pytest.skip("this system cannot cut the network")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.05)
+        server.settimeout(60)
         address = server.getsockname()
         code = f"import socket\nsocket.create_connection({address!r}, timeout=1).sendall(b'secret')"
-        with socket.create_connection(address, timeout=1):
+        with socket.create_connection(address, timeout=60):
             server.accept()[0].close()  # so the server can be reached from outside
         outcome = way.run(code)
         assert outcome.status == "failed"
         assert "OSError" in outcome.output or "Error" in outcome.output.splitlines()[-2]
+        server.settimeout(0.05)
         with pytest.raises(TimeoutError):
             server.accept()
 
@@ -417,13 +426,15 @@ def test_others_processes_cannot_be_killed(way):
     outcome = way.run("import os\ntry: os.kill(-1, 9)\nexcept OSError: pass\nos.kill(os.getppid(), 9)\nassert False")
     assert not outcome.passed
     assert way.process.poll() is None
+    if not way.namespaces and way.user != 0:  # it could kill the launcher, and dies just after
+        wait_until(lambda: not way.leftovers())
 
 
 def test_programs_end_with_the_evaluation(way):
-    code = "import os, time\nif os.fork() == 0: os.setsid()\ntime.sleep(60)"
+    code = "import os, time\nif os.fork() == 0: os.setsid()\ntime.sleep(600)"
     made = Way(way.process.args[0], None if way.user == os.geteuid() else way.user, way.namespaces)
     try:
-        made.start([code], seconds=60)
+        made.start([code], seconds=300)
         wait_until(lambda: len(made.leftovers()) >= 3)
         made.process.send_signal(signal.SIGKILL)
         wait_until(lambda: not made.leftovers())
@@ -432,9 +443,9 @@ def test_programs_end_with_the_evaluation(way):
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "it did not come about in time"
         time.sleep(0.05)
 
 
@@ -460,9 +471,10 @@ def test_installed_packages_can_be_imported():
 @needs_a_way
 def test_from_several_threads():
     codes = [GOOD, "assert False", "while True: pass", "import os\nos._exit(0)", "open('x', 'w').write('y')"] * 3
+    gc.collect()  # what tests before this one have left open
     before = (open_descriptors(), children())
     with ThreadPoolExecutor(5) as pool:
-        outcomes = list(pool.map(lambda code: run_code(code, Limits(seconds=1)), codes))
+        outcomes = list(pool.map(lambda code: run_code(code, Limits(seconds=1 if "while" in code else 60)), codes))
     expected = ["passed", "failed", "timed out", "ended early", "passed"] * 3
     assert [outcome.status for outcome in outcomes] == expected
     assert (open_descriptors(), children()) == before
@@ -474,14 +486,18 @@ def open_descriptors() -> int:
 
 def children() -> list[str]:
     """Children of this process, zombies too."""
-    return [path.read_text() for path in Path("/proc/self/task").glob("*/children") if path.read_text()]
+    found = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has just ended; its children are another's
+            found += path.read_text().split()
+    return sorted(found)
 
 
 @needs_a_way
 def test_endless_output_takes_no_memory_and_its_end_is_kept():
     tracemalloc.start()
     try:
-        outcome = run_code("print('x' * 50_000_000)\nprint('the end')", Limits(seconds=10, output_bytes=1000))
+        outcome = run_code("print('x' * 50_000_000)\nprint('the end')", Limits(seconds=60, output_bytes=1000))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -528,7 +544,7 @@ def test_a_system_without_namespaces_is_told_apart():
     """The order of the ways: namespaces first, and never another way when they fail for one program."""
     calls = []
 
-    def run(code, limits, namespaces):
+    def run(code, limits, namespaces, name="__main__"):
         calls.append(namespaces)
         return ("unavailable", (), "") if namespaces else ("passed", ("memory",), "")
 

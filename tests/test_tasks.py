@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from stm_plugin.tasks import KINDS, definition, math_answers, punkt
-from stm_plugin.tasks.code_answers import code_of
+from stm_plugin.tasks.code_answers import PASSED, code_of, run_tests
 from stm_plugin.tasks.loading import Task, parse_task, quiet
 from stm_plugin.tasks.math_answers import boxed, same_answer
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="model-written code is run on Linux and macOS only")
 
 
 def written(path, rows):
@@ -139,7 +141,11 @@ def test_math(evaluated):
 GOOD = "```python\ndef double(n):\n    return 2 * n\n```"
 MBPP = {  # answer: what its sample says
     f"Here it is:\n{GOOD}\nIt doubles.": "passed",
-    "```python\ndef double(n):\n    return 2 * n": "passed",  # cut by the stop sequence, or for its length
+    "```python\ndef double(n):\n    return 2 * n": "passed",  # cut for its length
+    "```\n\ndef double(n):\n    return 2 * n\n```": "passed",
+    f"```bash\npip install nothing\n```\n\n{GOOD}": "passed",
+    f"It is ```n + n``` that we need:\n{GOOD}": "passed",
+    "1. So:\n   ```python\n   def double(n):\n       return 2 * n\n   ```\n": "passed",
     "def double(n):\n    return n + n": "passed",
     "```\ndef double(n): return n * 2\n```": "passed",
     f"```text\nno code\n```\n{GOOD}": "passed",
@@ -160,8 +166,12 @@ def test_mbpp_and_hostile_answers(evaluated, monkeypatch):
     from stm_plugin import sandbox
 
     monkeypatch.setenv("STM_SECRET", "1")
-    contained, limits = sandbox.run_code, sandbox.Limits(seconds=2)  # an endless loop need not take 10 s here
-    monkeypatch.setattr(sandbox, "run_code", lambda code: contained(code, limits))
+    contained = sandbox.run_code
+
+    def run_code(code, name):  # an endless loop need not take 10 s here, and what ends may take longer
+        return contained(code, sandbox.Limits(seconds=2 if "while True" in code else 60), name)
+
+    monkeypatch.setattr(sandbox, "run_code", run_code)
     tests = ["assert double(2) == 4", "assert double(-1) == -2"]
     answers = [*MBPP, GOOD]
     scores, samples = evaluated(
@@ -175,7 +185,22 @@ def test_mbpp_and_hostile_answers(evaluated, monkeypatch):
         assert says.startswith(MBPP.get(answer, "passed")), answer
         assert sample["pass_at_1"] == float(says == "passed"), answer
         assert (says == "passed") == (MBPP.get(answer, "passed") == "passed"), answer
-    assert scores["pass_at_1,none"] == pytest.approx(6 / 15)
+    assert scores["pass_at_1,none"] == pytest.approx(10 / 19)
+
+
+def test_mbpp_rows_have_their_own_imports_and_set_up(evaluated):
+    """Also where other rows have none."""
+    pytest.importorskip("resource", reason="running model-written code contained needs POSIX")
+    tests = ["assert isclose(double(2), 4)"]
+    rows = [
+        asked("imports", test_list=tests, test_imports=["from math import isclose"]),
+        asked("neither", test_list=tests),
+        asked("set up", test_list=tests, test_setup_code="from math import isclose"),
+        asked("nothing", test_list=tests, test_setup_code="", test_imports=[]),
+    ]
+    answers = {row["messages"][0]["content"]: GOOD for row in rows}
+    _, samples = evaluated("mbpp", rows, answers, run_model_code=True)
+    assert [sample["pass_at_1"] for sample in samples] == [1, 0, 1, 0]
 
 
 def test_mbpp_must_be_asked_for(evaluated):
@@ -187,6 +212,63 @@ def test_code_of_an_answer():
     assert code_of("a\n```python\nb\n```\nc\n```python\nd\n```") == "b\n"
     assert code_of("a\n```sql\nb\n```\n```py\r\nc\r\n```") == "c\r\n"
     assert code_of("no block") == "no block"
+
+
+FUTURE = "from __future__ import annotations\n"
+POINT = """import dataclasses
+
+@dataclasses.dataclass
+class Point:
+    x: int
+
+def double(n: Undefined):
+    return Point(2 * n).x
+"""
+
+
+@needs_posix
+@pytest.mark.parametrize(
+    ("code", "verdict"),
+    [
+        ("if __name__ == '__main__':\n    print(double(int(input())))", PASSED),
+        ("if __name__ == '__main__':\n    import unittest\n    unittest.main()", PASSED),
+        (
+            "if __name__ != '__main__':\n    import sys, pickle\n    assert sys.modules[__name__].double(1) == 2",
+            PASSED,
+        ),
+        ("import sys\nsys.exit(0)", "ended early"),
+    ],
+)
+def test_an_answer_is_a_module_and_no_script(code, verdict):
+    """What a program does when it is run, and not imported, is no part of its functions."""
+    answer = f"def double(n):\n    return 2 * n\n\n{code}"
+    assert run_tests([(answer, {"test_list": ["assert double(2) == 4"]})]) == [verdict]
+
+
+@needs_posix
+@pytest.mark.parametrize(
+    ("answer", "passes"),
+    [
+        (FUTURE + POINT, True),
+        (f'\n# Doubling.\n"""Doubles\nnumbers."""\n\n{FUTURE}# More.\n{FUTURE}\n{POINT}', True),
+        (f"from __future__ import (\n    annotations,\n    division,\n)\n{POINT}", True),
+        (f"```python\n{FUTURE}{POINT}```", True),
+        (f"from __future__ import annotations  # PEP 563; and 604\n{POINT}", True),
+        (f"from __future__ import (annotations)  # so\n{POINT}", True),
+        (f"from __future__ import annotations; import math\n{POINT}", True),
+        (f"from __future__ import annotations, \\\n    division\n{POINT}", True),
+        (f'"Doubles é."; {FUTURE}{POINT}', True),
+        (f'r"""Doubles."""  # so\n\x0c\n{FUTURE}{POINT}', True),
+        (f'"""Doubles."""\r\n\r\n{FUTURE}{POINT}', True),
+        (f"import math\n{FUTURE}{POINT}", False),  # not even as a program of its own
+        (POINT, False),
+        ("from __future__ import braces\n" + POINT.replace("Undefined", "int"), False),
+    ],
+)
+def test_imports_from_the_future_stay_in_front_of_the_rows_setup(answer, passes):
+    row = {"test_list": ["assert double(OFFSET) == 4"], "test_setup_code": "OFFSET = 2", "test_imports": ["import re"]}
+    assert (run_tests([(answer, row)]) == [PASSED]) == passes
+    assert (run_tests([(answer, {"test_list": ["assert double(2) == 4"]})]) == [PASSED]) == passes
 
 
 def test_arc(evaluated):
@@ -243,12 +325,22 @@ def test_ifeval(evaluated, punkt_tab):
         ("gsm8k", "{", "line 2, is not JSON"),
         ("gsm8k", json.dumps(asked("q")), "line 2, is no row of a gsm8k task: it lacks 'answer'; needed are"),
         ("gsm8k", json.dumps(asked("q", answer="12")), "does not end in '#### NUMBER'"),
+        ("gsm8k", json.dumps(asked("q", answer="It is #### five")), "does not end in '#### NUMBER'"),
         ("math", json.dumps(asked("q", solution="12")), r"no \\boxed\{\} answer"),
         ("mbpp", json.dumps(asked("q")), "it lacks 'test_list'"),
         (
             "mbpp",
             json.dumps({"messages": [{"role": "system", "content": "s"}], "test_list": []}),
             r"messages are of \['system'\]; needed are one user message",
+        ),
+        ("mbpp", json.dumps(asked("q", test_list=[])), "it has no `test_list` of asserts"),
+        ("mbpp", json.dumps(asked("q", test_list="assert True")), "it has no `test_list` of asserts"),
+        ("mbpp", json.dumps(asked("q", test_list=["1"], test_imports="import re")), "`test_imports` that are no list"),
+        ("gsm8k", json.dumps({"messages": "hello", "answer": "#### 1"}), "line 2, .* its fields have another form"),
+        (
+            "arc_challenge",
+            json.dumps({"question": "q", "choices": ["a", "b"], "answerKey": "B"}),
+            "line 2, is no row of a arc_challenge task: its fields have another form",
         ),
         (
             "arc_challenge",
@@ -330,6 +422,10 @@ def test_boxed():
     assert boxed(r"a \boxed{1} b \boxed{\frac{1}{2}} c") == r"\frac{1}{2}"
     assert boxed(r"\boxed{1} and \boxed{2") == "1"
     assert boxed("nothing") is None
+    assert boxed(r"we get $\boxed 7$. So") == "7"
+    assert boxed(r"we get \boxed 7.") == "7"
+    assert boxed(r"\boxed{1}, so \fbox{$\frac{1}{2}$}") == r"$\frac{1}{2}$"
+    assert boxed(r"in \boxed form: \boxed {3}") == "3"
     with pytest.raises(ValueError, match=r"no \\boxed"):
         same_answer("1", "1")
 
@@ -337,10 +433,14 @@ def test_boxed():
 def test_an_answer_that_takes_too_long_is_wrong_and_the_next_one_is_judged(monkeypatch):
     pytest.importorskip("math_verify", reason="math-verify, of the extra 'forgetting', is not installed")
     assert same_answer("2/4", r"\boxed{0.5}")
-    monkeypatch.setattr(math_answers, "SECONDS", 0.5)
-    start = time.monotonic()
-    assert not same_answer(r"$\boxed{9^{9^{9^{9}}}}$", r"\boxed{7}")
-    assert time.monotonic() - start < 4
+    with monkeypatch.context() as short:
+        short.setattr(math_answers, "SECONDS", 0.5)
+        seconds = []
+        for _ in range(3):  # a busy machine may be slow once
+            start = time.monotonic()
+            assert not same_answer(r"$\boxed{9^{9^{9^{9}}}}$", r"\boxed{7}")
+            seconds.append(time.monotonic() - start)
+        assert min(seconds) < 4
     assert same_answer("3/4", r"\boxed{0.75}")
 
 

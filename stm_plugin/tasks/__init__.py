@@ -8,6 +8,7 @@ then found by `lm_eval --include_path FOLDER`:
     dataset_kwargs: {file: PATH/rows.jsonl}
 """
 
+import re
 from pathlib import Path
 
 KINDS = ("mbpp", "gsm8k", "math", "arc_challenge", "ifeval")
@@ -17,3 +18,10 @@ KINDS = ("mbpp", "gsm8k", "math", "arc_challenge", "ifeval")
 def definition(kind: str) -> Path:
     """The file of a kind's task definition."""
     return Path(__file__).with_name(f"{kind}.yaml")
+
+
+def definition_version(kind: str) -> str:
+    """The version of a kind's task definition: scores of two versions are not to be compared."""
+    found = re.search(r"^  version: (\S+)$", definition(kind).read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None, "every definition has one"
+    return found[1]

@@ -6,22 +6,26 @@ and there is no state here.
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stm_plugin.tasks.code_answers import PASSED
+from stm_plugin.tasks.code_answers import PASSED, fault_of_tests
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_GSM8K_ANSWER = re.compile(r"#### -?[0-9.,]*[0-9]")
+"""What the task's own filters can find in an answer."""
+
 
 def mbpp_rows(file: str, **_: Any) -> dict[str, "Dataset"]:
-    """Rows with `messages` and `test_list`, perhaps `test_setup_code`."""
+    """Rows with `messages` and `test_list`, perhaps `test_setup_code` and `test_imports`."""
     from stm_plugin.sandbox import isolation
 
     isolation()  # an error where nothing can be contained
-    return {"test": _rows(file, "mbpp", ("messages", "test_list"), ("task_id", "test_setup_code"))}
+    return {"test": _rows(file, "mbpp", ("messages", "test_list"), ("task_id", "test_setup_code", "test_imports"))}
 
 
 def gsm8k_rows(file: str, **_: Any) -> dict[str, "Dataset"]:
@@ -127,14 +131,17 @@ def _rows(file: str, kind: str, required: Sequence[str], optional: Sequence[str]
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number}, is not JSON: {error}.") from error
-            fault = _fault(row, kind, required)
+            try:
+                fault = _fault(row, kind, required)
+            except (AttributeError, KeyError, TypeError) as error:
+                fault = f"its fields have another form ({error!r})"
             if fault:
                 raise ValueError(f"{file}, line {number}, is no row of a {kind} task: {fault}.")
             rows.append(row)
     if not rows:
         raise ValueError(f"{file} has no rows.")
-    names = [*required, *(name for name in optional if all(name in row for row in rows))]
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in names})
+    names = [*required, *(name for name in optional if any(name in row for row in rows))]
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
 def _fault(row: Any, kind: str, required: Sequence[str]) -> str | None:
@@ -146,12 +153,15 @@ def _fault(row: Any, kind: str, required: Sequence[str]) -> str | None:
         roles = [message.get("role") for message in row["messages"]]
         if roles not in (["user"], ["user", "assistant"]):
             return f"its messages are of {roles}; needed are one user message, and perhaps an answer after it"
+    if kind == "mbpp":
+        fault = fault_of_tests(row)
+        return fault and f"it {fault}"
     if kind == "math":
         from stm_plugin.tasks.math_answers import boxed
 
         if not boxed(row["solution"]):
             return r"its solution has no \boxed{} answer"
-    if kind == "gsm8k" and "#### " not in row["answer"]:
+    if kind == "gsm8k" and not _GSM8K_ANSWER.search(row["answer"]):
         return "its answer does not end in '#### NUMBER'"
     if kind == "arc_challenge" and row["answerKey"] not in row["choices"]["label"]:
         return f"its answerKey {row['answerKey']!r} is none of {row['choices']['label']}"

