@@ -29,6 +29,7 @@ def greedy_answers(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     batch_size: int = 8,
+    template_kwargs: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[TokenRow]:
     """Lets a model answer prompts greedily.
 
@@ -39,11 +40,12 @@ def greedy_answers(
         prompts: The prompts, as text or as the messages of a chat.
         max_new_tokens: Longest answer, in tokens. An answer ends with its end-of-turn token if it gets that far.
         batch_size: How many prompts go through the model at once (left-padded).
+        template_kwargs: What the chat template is given beside the messages of each prompt; None for nothing.
 
     Returns:
         One row for each prompt, in order.
     """
-    return generate(model, tokenizer, prompts, max_new_tokens, batch_size, do_sample=False)
+    return generate(model, tokenizer, prompts, max_new_tokens, batch_size, template_kwargs, do_sample=False)
 
 
 def generate(
@@ -111,6 +113,11 @@ def prompt_token_ids(
 ) -> list[int]:
     """Token ids of a prompt, up to where the model starts to answer; its chat template is given the kwargs."""
     if tokenizer.chat_template is None:
+        if template_kwargs:
+            raise ValueError(
+                f"{dict(template_kwargs)} is for a chat template, and the tokenizer has none. Leave it out, or take a "
+                "model whose tokenizer has one."
+            )
         if not isinstance(prompt, str):
             raise ValueError(
                 "a prompt is a chat, and the tokenizer has no chat template. Give prompts of plain text, or a model "

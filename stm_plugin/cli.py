@@ -110,6 +110,9 @@ def _told(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) ->
     except (ValueError, MissingExtraError, SandboxError) as error:
         print(f"stm: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stm: stopped.", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush it again
         return 1

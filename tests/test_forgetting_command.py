@@ -4,10 +4,12 @@ import argparse
 import json
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 from forgetting_helpers import results_of, write_results
 
+from stm_plugin.cli import main
 from stm_plugin.forgetting import command, reuse
 from stm_plugin.tasks import loading
 
@@ -96,6 +98,7 @@ def test_without_matplotlib_the_rest_is_written(two, capsys, monkeypatch):
         (["--target", "t", "--max-forgetting", "0.1"], "name tasks with --non-target"),
         (["--target", "t", "--non-target", "t"], "t is named twice"),
         (["--target", "t", "--limit", "5", "--no-chat-template"], "--limit, --no-chat-template: of no use with"),
+        (["--target", "t", "--chat-template-kwargs", '{"a": 1}'], "--chat-template-kwargs: of no use with"),
         (["--target", "t", "--tuned", "model"], "Either --tuned MODEL .* or --before and --after"),
         (["--target", "t", "--metric", "acc"], "--metric TASK=METRIC, got 'acc'"),
         (["--target", "t", "--metric", "n=acc"], "'n' is none of the tasks, which are t"),
@@ -146,13 +149,26 @@ def model_folders(tmp_path):
     return folders
 
 
+class Calls(list):
+    """Calls in their order."""
+
+
 @pytest.fixture
 def harness(monkeypatch, tmp_path):
-    """A stand-in for the harness, which writes what lm-eval would; the calls it gets."""
-    calls = []
+    """A stand-in for the harness, which writes what lm-eval would; the calls it gets, and in `loads` the models."""
+    calls, loads = Calls(), []
+    calls.loads = loads
 
-    def evaluate(model, tasks, *, output=None, limit=None, **options):
+    def load(model, *, adapter=None, **options):
+        if adapter is not None:
+            options["base"] = model.rpartition("/")[2]
+        loads.append((adapter or model).rpartition("/")[2])
+        return adapter or model, options
+
+    def evaluate(loaded, tasks, *, output=None, limit=None, **options):
         (text,) = tasks
+        model, how = loaded
+        options |= how
         name = loading.parse_task(text).name
         calls.append((model.rpartition("/")[2], name, limit, options))
         draw = random.Random(f"{model} {name}")
@@ -163,7 +179,9 @@ def harness(monkeypatch, tmp_path):
 
     def load_tasks(texts, run_model_code):
         calls.append(("check", *texts, run_model_code))
+        return SimpleNamespace(tasks={"arc": SimpleNamespace(aggregation=lambda: {"acc": None, "acc_norm": None})})
 
+    monkeypatch.setattr("stm_plugin.forgetting.harness.load", load)
     monkeypatch.setattr("stm_plugin.forgetting.harness.evaluate", evaluate)
     monkeypatch.setattr("stm_plugin.tasks.loading.load_tasks", load_tasks)
     monkeypatch.setattr(reuse, "_versions", lambda: {"lm_eval": "0.4.13"})
@@ -193,11 +211,47 @@ def test_an_adapter_is_compared_with_its_base(model_folders, harness, capsys, tm
         "run_model_code": False,
         "max_new_tokens": None,
         "apply_chat_template": False,
+        "chat_template_kwargs": None,
         "seed": 3,
     }
+    assert harness.loads == ["initial", "adapter"], "each once, for all tasks"
     out = capsys.readouterr().out
     assert "| mine | non-target | acc | 20 | " in out
     assert f"{model_folders['adapter']} (tuned) against {model_folders['initial']} (initial)." in out
+
+
+def test_an_adapter_whose_base_has_moved(model_folders, harness, capsys, tmp_path):
+    """It is put on the model that --initial names, and is the same model as before for what is kept."""
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    arguments = ["--tuned", model_folders["adapter"], "--target", "arc", "--output", tmp_path / "out"]
+    run(*arguments, "--initial", model_folders["whole"])  # while there is the one that it was trained on
+    assert [(call[0], call[3].get("base")) for call in harness[1:]] == [("whole", None), ("adapter", None)]
+    model_folders["initial"].rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"initial: no such folder, and no model of this name"):
+        run(*arguments)
+    harness.clear()
+    run(*arguments, "--initial", tmp_path / "moved")
+    assert evaluated(harness) == [("moved", "arc")]
+    assert "is not to be had; it is put on" in capsys.readouterr().err
+    run(*arguments[:-2], "--initial", tmp_path / "moved")
+    assert [(call[0], call[3].get("base")) for call in harness[1:]] == [("moved", None), ("adapter", "moved")]
+
+
+def test_the_bases_revision_is_part_of_the_model(model_folders, harness, monkeypatch, tmp_path):
+    """Of a base on the hub, the commit of the revision that the adapter names."""
+    asked = []
+
+    def hub_file(name, file, revision):
+        asked.append((name, file, revision))
+        return tmp_path / f"commit of {revision}" / file if file == "config.json" else None
+
+    monkeypatch.setattr(reuse, "_hub_file", hub_file)
+    config = {"base_model_name_or_path": "some/model", "revision": "v2"}
+    (model_folders["adapter"] / "adapter_config.json").write_text(json.dumps(config))
+    run("--tuned", model_folders["adapter"], "--target", "arc")
+    assert asked[0] == ("some/model", "adapter_config.json", "v2")
+    assert reuse.model_files(str(model_folders["adapter"])).identity["base"]["commit"] == "commit of v2"
+    assert [(call[0], call[3].get("revision")) for call in harness[1:]] == [("model", "v2"), ("adapter", None)]
 
 
 def test_a_whole_model_needs_its_initial_one(model_folders, harness, tmp_path):
@@ -232,6 +286,7 @@ def test_what_is_there_is_not_evaluated_again(model_folders, harness, tmp_path, 
     # Options, data, weights and one more task each cost what depends on them.
     assert again("adapter", "--limit", "mine=10") == [("initial", "mine"), ("adapter", "mine")]
     assert again("adapter", "--max-new-tokens", "9") == everything
+    assert again("adapter", "--chat-template-kwargs", '{"enable_thinking": false}') == everything
     assert again("adapter", "--non-target", "gsm8k") == [("initial", "gsm8k"), ("adapter", "gsm8k")]
     (tmp_path / "rows.jsonl").write_text("{}\n{}\n")
     assert again() == [("initial", "mine"), ("adapter", "mine")]
@@ -245,6 +300,46 @@ def test_what_is_there_is_not_evaluated_again(model_folders, harness, tmp_path, 
     config = model_folders["adapter"] / "adapter_config.json"
     config.write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "moved")}))
     assert again() == [("adapter", "arc"), ("adapter", "mine")]
+
+
+def test_another_definition_of_a_local_task_is_evaluated_anew(model_folders, harness, tmp_path, monkeypatch):
+    local = f"mine:ifeval={tmp_path / 'rows.jsonl'}"
+    arguments = ["--tuned", model_folders["adapter"], "--target", "arc", local, "--output", tmp_path / "out"]
+    run(*arguments)
+    harness.clear()
+    monkeypatch.setattr(reuse, "definition_version", lambda kind: f"2.0 of {kind}")
+    run(*arguments)
+    assert evaluated(harness) == [("initial", "mine"), ("adapter", "mine")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-forgetting", "5"], r"max_forgetting is a share from 0 up to 1 \(0.05 is 5 %\), got 5"),
+        (["--confidence", "95"], "confidence is a share"),
+        (["--output", "a_file"], "--output a_file is a file; it takes a folder"),
+        (["--metric", "arc=f1"], "--metric arc=f1: arc has no such metric. It has: acc acc_norm"),
+    ],
+)
+def test_what_can_be_told_before_is_told_before(model_folders, harness, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(ValueError, match=message):
+        run("--tuned", model_folders["adapter"], "--target", "arc", "--non-target", "b", *arguments)
+    assert (harness.loads, evaluated(harness)) == ([], [])
+
+
+@pytest.mark.parametrize("output", [["--output", "out"], []])
+def test_ctrl_c_is_told(model_folders, harness, tmp_path, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+
+    def load(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stm_plugin.forgetting.harness.load", load)
+    assert main(["forgetting", "--tuned", str(model_folders["adapter"]), "--target", "arc", *output]) == 130
+    said = "What is evaluated stays: the same command goes on." if output else "Only --output keeps results."
+    assert capsys.readouterr().err.endswith(f"{said}\nstm: stopped.\n")
 
 
 def test_a_run_that_was_stopped_goes_on(model_folders, harness, tmp_path, monkeypatch):

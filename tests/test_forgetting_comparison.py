@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from stm_plugin.forgetting.bootstrap import (
 from stm_plugin.forgetting.comparison import EXIT_STATUS, FORGETS, UNDECIDED, WITHIN, compare
 from stm_plugin.forgetting.evaluation import NOT_THE_MEAN, Evaluation, TaskScore, evaluation_of, read_evaluation
 from stm_plugin.forgetting.tables import as_json, markdown, percent, sentences, table
+from stm_plugin.tasks import KINDS, definition
 
 PAPER_BEFORE = {"mbpp": 0.5106, "math": 0.281, "arc": 0.7466, "gsm8k": 0.5845}
 PAPER_AFTER = {"mbpp": 0.5106, "math": 0.298, "arc": 0.7585, "gsm8k": 0.5641}
@@ -356,10 +358,44 @@ def test_lower_is_better():
         compare(evaluation_of(results), evaluation_of(results), ["a"], [])
 
 
+@pytest.mark.parametrize("said", [{}, {"a": {}}, {"a": {"word_perplexity": None}}], ids=["nothing", "less", "null"])
+def test_results_that_do_not_say_which_way_is_better(said):
+    lower, other = (results_of({"a": {metric: [3.0, 2.0]}}) for metric in ("word_perplexity", "quality"))
+    lower["higher_is_better"] = other["higher_is_better"] = said
+    with pytest.raises(ValueError, match="word_perplexity of a is better when lower"):
+        compare(evaluation_of(lower), evaluation_of(lower), ["a"], [])
+    (note,) = compare(evaluation_of(other), evaluation_of(other), ["a"], []).notes
+    assert note == "a: the results do not say whether a higher quality is better; taken as if it were."
+
+
+def test_a_group_with_a_part_that_is_better_when_lower():
+    results = group_results()
+    results["higher_is_better"] |= {"mmlu": {"acc": None}, "mmlu_art": {"acc": False}}
+    with pytest.raises(ValueError, match="acc of mmlu is better when lower"):
+        compare(evaluation_of(results), evaluation_of(results), ["mmlu"], [])
+    results["higher_is_better"]["mmlu_art"] = {"acc": True}
+    assert compare(evaluation_of(results), evaluation_of(results), ["mmlu"], []).notes == ()
+
+
 def test_other_metrics_and_settings():
     one, two = results_of({"a": {"acc": [1, 0]}}), results_of({"a": {"acc_norm": [1, 0]}})
     with pytest.raises(ValueError, match=r"a has acc before and acc_norm after.*--metric"):
         compare(evaluation_of(one), evaluation_of(two), ["a"], [])
+    for name in ("system_instruction", "fewshot_as_multiturn"):
+        one, two = results_of({"a": {"acc": [1, 0]}}), results_of({"a": {"acc": [1, 0]}})
+        one[name], two[name] = None, "Be brief." if name == "system_instruction" else True
+        one["lm_eval_version"] = "0.4.12"
+        with pytest.raises(ValueError, match=f"differently: {name} is not set before and .*(Be brief.|true).* after"):
+            compare(evaluation_of(one), evaluation_of(two), ["a"], [])
+    one = results_of({"a": {"acc": [1, 0]}})
+    two = results_of({"a": {"acc": [1, 0]}}, generation_kwargs={"do_sample": True})
+    for of_one, of_two in ((one, two), (two, one)):
+        with pytest.raises(
+            ValueError, match=r"differently: generation_kwargs is .*not set.*Evaluate both models alike"
+        ):
+            compare(evaluation_of(of_one), evaluation_of(of_two), ["a"], [])
+    one["lm_eval_version"] = "0.4.12"  # which may have known no such setting
+    compare(evaluation_of(one), evaluation_of(two), ["a"], [])
     for key, value, name in (("n-shot", 5, "num_fewshot"), ("versions", 2.0, "version")):
         two = results_of({"a": {"acc": [1, 0]}})
         two[key]["a"] = value
@@ -446,6 +482,41 @@ def test_a_metric_that_is_no_mean_is_not_paired():
     results["results"]["a"]["f1,none"] = 0.857
     score = evaluation_of(results).tasks["a"]
     assert (score.samples, score.why_no_samples) == (None, NOT_THE_MEAN)
+
+
+@pytest.mark.parametrize("samples", ["none", "several values", "not the mean", "a group"])
+def test_a_corpus_metric_without_a_standard_error_has_no_interval(samples):
+    """F1 of a few positives among many documents says less than their number; lm-eval's N/A is not replaced."""
+    values = [[1, 0], [0, 1]] * 500 if samples == "several values" else [1.0, 0.0] * 500
+    both = [results_of({"cb": {"f1": values}, "b": {"f1": values}}) for _ in range(2)]
+    for results, score in zip(both, (0.7368, 0.4762), strict=True):
+        results["results"]["cb"] |= {"f1,none": score, "f1_stderr,none": "N/A"}
+        if samples == "none":
+            results["samples"] = None
+        if samples == "a group":
+            results["samples"] = None
+            for name in ("results", "higher_is_better"):
+                results[name]["all"] = {key.replace("f1", "acc"): one for key, one in results[name]["cb"].items()}
+            results["group_subtasks"]["all"] = ["cb", "b"]
+    task = "all" if samples == "a group" else "cb"
+    comparison = compare(*map(evaluation_of, both), [], [task], max_forgetting=0.05)
+    assert (comparison.bwt.interval, comparison.exit_status) == (None, 4)
+    assert "and there is no standard error above 0" in comparison.notes[0]
+    for results in both:
+        results["results"][task] |= {key: 0.2 for key in results["results"][task] if "stderr" in key}
+    low, high = compare(*map(evaluation_of, both), [], [task], max_forgetting=0.05).bwt.interval
+    assert low < -0.7 < 0 < high
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_local_tasks_count_successes(kind):
+    """Where all documents have the same value, lm-eval's standard error is 0, and their number says what it is."""
+    metric = re.search(r"^  - metric: (\S+)$", definition(kind).read_text(), re.MULTILINE)[1]
+    both = [results_of({kind: {metric: [1, 0] * 100}}) for _ in range(2)]
+    for results, score in zip(both, (1.0, 0.8), strict=True):
+        results["results"][kind] |= {f"{metric},none": score, f"{metric}_stderr,none": 0.0}
+        results["samples"] = None
+    assert compare(*map(evaluation_of, both), [], [kind], max_forgetting=0.05).exit_status == 3
 
 
 def test_a_score_that_is_no_number():

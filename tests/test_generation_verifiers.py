@@ -282,9 +282,9 @@ def test_an_empty_answer_never_passes_whatever_its_tests():
 def test_unit_tests_run_beside_each_other(monkeypatch):
     contained, both = sandbox.run_code, Barrier(2, timeout=60)
 
-    def run_code(code):
+    def run_code(code, name):
         both.wait()  # raises where the other one is not begun before this one has ended
-        return contained(code)
+        return contained(code, name=name)
 
     monkeypatch.setattr(sandbox, "run_code", run_code)
     row = asked(test_list=["assert True"])

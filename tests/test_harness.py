@@ -1,5 +1,6 @@
 """lm-eval on models: against plain loops of one's own, and what is written, left as it was, or refused."""
 
+import copy
 import json
 import logging
 import os
@@ -94,6 +95,27 @@ def test_arc_equals_a_plain_loop(make_model, tokenizer, rows, templated):
     model = make_model()
     results = evaluate(model, [rows["arc"]], tokenizer=tokenizer, batch_size=5, apply_chat_template=templated)
     compare_with_naive(results, ARC, naive_arc(model, tokenizer, ARC, templated))
+
+
+def test_the_chat_template_is_given_what_it_asks_for(make_model, tokenizer, rows, tmp_path):
+    model, asking = make_model(), copy.deepcopy(tokenizer)
+    asking.chat_template += "{{ mood }}"
+    plain, calm = (
+        evaluate(
+            model,
+            [rows["arc"], rows["gsm8k"]],
+            tokenizer=asking,
+            output=tmp_path / str(kwargs),
+            max_new_tokens=3,
+            chat_template_kwargs=kwargs,
+        )
+        for kwargs in (None, {"mood": "calm, and glad"})
+    )
+    asking.chat_template = asking.chat_template.replace("{{ mood }}", "calm, and glad")
+    compare_with_naive(calm, ARC, naive_arc(model, asking, ARC, templated=True))
+    for before, after in zip(plain["samples"]["gsm8k"], calm["samples"]["gsm8k"], strict=True):
+        assert after["arguments"][0][0] == before["arguments"][0][0] + "calm, and glad"
+    assert read_evaluation(tmp_path / str({"mood": "calm, and glad"})).model == evaluation_of(plain).model
 
 
 @pytest.mark.slow
@@ -253,6 +275,10 @@ def test_limits(make_model, tokenizer, rows):
         ({"tokenizer": None}, "needs its tokenizer"),
         ({"adapter": "somewhere"}, "evaluated as it stands"),
         ({"load_in_4bit": True}, "evaluated as it stands"),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}, "apply_chat_template": False},
+            "chat_template_kwargs {'enable_thinking': False} are for a chat template, and prompts are plain text here",
+        ),
         ({"tasks": ["twice:arc_challenge=ARC", "twice:arc_challenge=ARC"]}, "two tasks are named twice"),
     ],
 )

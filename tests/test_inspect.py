@@ -139,12 +139,26 @@ def test_rows_by_choice(capsys):
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"), [("3-", "numbers and ranges"), ("x", "numbers and ranges"), ("20", "no row 20")]
+    ("rows", "message"),
+    [
+        ("3-", "numbers and ranges"),
+        ("x", "numbers and ranges"),
+        ("5-3", "numbers and ranges"),
+        ("20", "no row 20"),
+    ],
 )
 def test_rows_that_are_not_there(rows, message, capsys):
     _, entry = stored(random_rows(20))
     assert main(["inspect", str(entry), "--rows", rows]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--most", "--random"])
+@pytest.mark.parametrize("number", ["-1", "0", "x"])
+def test_numbers_of_rows_that_are_none(flag, number, capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", "anything", f"{flag}={number}"])
+    assert f"argument {flag}: a number of at least 1 is needed, got '{number}'" in capsys.readouterr().err
 
 
 def test_options_of_the_command_decide(capsys):

@@ -1,9 +1,13 @@
 """`stm measure`: tables, JSON and plots of each measure, and what it refuses."""
 
 import argparse
+import copy
 import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,12 +15,15 @@ pytest.importorskip("trl", reason="trl is not installed")
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stm_plugin.answers import greedy_answers
 from stm_plugin.demo.prompts import GENERAL_PROMPTS
 from stm_plugin.measures import command
+from stm_plugin.measures.diversity import sample_answers
 from stm_plugin.measures.drift import measure_drift
+from stm_plugin.measures.inputs import read_samples
 from stm_plugin.measures.perplexity import measure_perplexity
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -95,7 +102,7 @@ def test_drift_of_an_adapter_from_the_model_that_it_names(place, capsys):
     assert values[0] == values[1]
     assert values[0][1] == "initial"
     assert values[0][0] > 0.01
-    with pytest.raises(ValueError, match=r"tuned is a whole model, .* name the model with --initial"):
+    with pytest.raises(ValueError, match=r"tuned is no adapter .* name the model with --initial"):
         measure("drift", "--tuned", "tuned")
 
 
@@ -113,6 +120,71 @@ def test_prompts_of_every_form(place, capsys):
     assert max(values) == pytest.approx(min(values), rel=1e-6)
 
 
+@pytest.fixture
+def templated(place, tokenizer):
+    """Prompts whose chat template is given something, as rows and as they are written; what reads them as they are."""
+    ending = "{{ mood }}{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"
+    asking = copy.deepcopy(tokenizer)
+    asking.chat_template += ending
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    for name in ("initial", "tuned"):
+        asking.save_pretrained(name)
+    rows = [
+        {"prompt": "Sort it.", "chat_template_kwargs": {"mood": "glad"}},
+        {"messages": [{"role": "user", "content": "Add 1 and 2."}], "tools": [{"name": "abacus"}]},
+        {"prompt": [{"role": "user", "content": "Sort it."}], "chat_template_kwargs": None},
+    ]
+    (place / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        + end
+        for text, end in (("Sort it.", "glad"), ("Add 1 and 2.", "calmabacus"), ("Sort it.", "calm"))
+    ]
+    return texts, bare
+
+
+CALM = ["--prompts", "t.jsonl", "--chat-template-kwargs", '{"mood": "calm"}']
+
+
+def test_drift_asks_as_the_chat_template_says(templated, capsys):
+    texts, bare = templated
+    flags = ["--initial", "initial", "--tuned", "tuned", "--max-new-tokens", "4", "--json", "o"]
+    assert measure("drift", *flags, *CALM) == 0
+    models = [AutoModelForCausalLM.from_pretrained(name) for name in ("initial", "tuned")]
+    expected = measure_drift(*models, greedy_answers(models[0], bare, texts, 4))
+    facts = json.loads(Path("o").read_text())
+    measured = [row["nats_per_token"] for row in facts["prompts"]]
+    assert measured == pytest.approx([row.sum_nats / row.num_tokens for row in expected.rows], rel=1e-5)
+    assert facts["chat_template_kwargs"] == {"mood": "calm"}
+
+
+def test_samples_are_asked_for_as_the_chat_template_says(templated, capsys):
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
+    texts, bare = templated
+    flags = ["--model", "initial", "--k", "2", "--max-new-tokens", "5", "--save-samples", "s.jsonl", "--json", "o"]
+    assert measure("self-bleu", *flags, *CALM) == 0
+    expected = sample_answers(AutoModelForCausalLM.from_pretrained("initial"), bare, texts, 2, max_new_tokens=5)
+    assert read_samples(Path("s.jsonl")) == expected
+    assert json.loads(Path("o").read_text())["sampling"]["chat_template_kwargs"] == {"mood": "calm"}
+    with pytest.raises(ValueError, match="leave --prompts, --chat-template-kwargs"):
+        measure("self-bleu", "--samples", "s.jsonl", *CALM[2:])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", r"\[1\]: 'chat_template_kwargs' must be a mapping"),
+        ('{"tokenize": true}', "'tokenize' is not for 'chat_template_kwargs': it is set already"),
+    ],
+)
+def test_template_kwargs_are_checked(place, capsys, text, message):
+    with pytest.raises(SystemExit):
+        measure("drift", "--tuned", "adapter", "--chat-template-kwargs", text)
+    assert re.search(message, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("initial", [[], ["--initial", "initial"]], ids=["as it says", "named"])
 def test_weight_change_of_an_adapter(initial, place, capsys):
     assert measure("weight-change", "--tuned", "adapter", *initial, "--json", "o") == 0
@@ -124,6 +196,145 @@ def test_weight_change_of_an_adapter(initial, place, capsys):
     assert facts["l2_norm"] == pytest.approx(norm, rel=1e-5)
     assert (facts["initial"], facts["is_adapter"]) == ("initial", True)
     assert cells(capsys.readouterr().out)[1] == ["adapter", "initial", f"{facts['l2_norm']:.6g}"]
+
+
+@pytest.mark.parametrize("tuned", ["adapter", "later", "tuned", "initial"])
+def test_weight_change_from_an_adapter(tuned, place, capsys):
+    """Such as from one checkpoint to a later one: by hand, of merged weights."""
+    later = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("initial"), "adapter", is_trainable=True)
+    for weight in later.parameters():
+        weight.data += 0.01 * weight.requires_grad
+    later.save_pretrained("later")
+    assert measure("weight-change", "--initial", "adapter", "--tuned", tuned, "--json", "o") == 0
+
+    def parameters(name):
+        model = AutoModelForCausalLM.from_pretrained(name if name == "tuned" else "initial")
+        if name in ("adapter", "later"):
+            model = PeftModel.from_pretrained(model, name).merge_and_unload()
+        return model.parameters()
+
+    pairs = zip(parameters("adapter"), parameters(tuned), strict=True)
+    norm = torch.cat([(after - before).double().flatten() for before, after in pairs]).norm().item()
+    assert (norm == 0) == (tuned == "adapter")
+    assert json.loads((place / "o").read_text())["l2_norm"] == pytest.approx(norm, rel=1e-5)
+    with pytest.raises(ValueError, match=r"--initial adapter is an adapter, .* Leave --load-in-4bit out"):
+        measure("weight-change", "--initial", "adapter", "--tuned", tuned, "--load-in-4bit")
+
+
+@pytest.mark.parametrize("where", ["there", "the same", "gone"])
+def test_an_adapter_is_put_on_its_own_base_if_that_is_there(where, place, tokenizer, capsys):
+    """Whatever model it is compared with; `stm forgetting` does the same."""
+    initial = "tuned" if where == "there" else "moved"
+    base = "initial" if where == "there" else "moved"
+    if where == "the same":
+        shutil.copytree("initial", "moved")
+    elif where == "gone":
+        Path("initial").rename("moved")
+    flags = ["--initial", initial, "--tuned", "adapter", "--json", "o"]
+    assert measure("drift", *flags, "--prompts", "prompts.txt", "--max-new-tokens", "5") == 0
+    said = capsys.readouterr().err
+    assert ("adapter is on its own base, initial, not on --initial" in said) == (where == "there")
+    assert ("adapter names initial, which is not here; it is put on moved" in said) == (where == "gone")
+
+    def load(name):
+        return AutoModelForCausalLM.from_pretrained(name).eval()
+
+    before, after = load(initial), PeftModel.from_pretrained(load(base), "adapter").eval()
+    answers = greedy_answers(before, tokenizer, ["Add 1 and 2.", "What is | France?", "Sort it."], 5)
+    expected = measure_drift(before, after, answers)
+    assert json.loads(Path("o").read_text())["nats_per_token"] == pytest.approx(expected.mean, rel=1e-6)
+
+    assert measure("weight-change", *flags) == 0
+    pairs = zip(load(initial).parameters(), after.merge_and_unload().parameters(), strict=True)
+    norm = torch.cat([(one - other).double().flatten() for one, other in pairs]).norm().item()
+    assert json.loads(Path("o").read_text())["l2_norm"] == pytest.approx(norm, rel=1e-5)
+    if where == "there":
+        with pytest.raises(ValueError, match="adapter is an adapter of initial, not of --initial tuned"):
+            measure("weight-change", *flags, "--load-in-4bit")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["drift", "--tuned", "adapter", "--json", "."],
+        ["drift", "--tuned", "adapter", "--png", "initial"],
+        ["self-bleu", "--model", "initial", "--save-samples", "."],
+    ],
+)
+def test_a_folder_is_no_file_to_write(arguments, place, monkeypatch):
+    monkeypatch.setattr(command, "_load", None)
+    with pytest.raises(ValueError, match=f"{arguments[-2]} .* is a folder; it takes a file"):
+        measure(*arguments)
+
+
+def test_an_adapter_of_a_hub_model_is_put_on_a_copy_of_it(place, tmp_path_factory, monkeypatch, capsys):
+    """A folder with the same weights, or any if those of the hub are not here: what it names is not downloaded."""
+    import huggingface_hub
+
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/base"}))
+    cached = {"some/base": shutil.copytree("initial", tmp_path_factory.mktemp("hub") / "snapshot")}
+
+    def snapshot(name, *, revision, local_files_only):
+        assert (revision, local_files_only) == (None, True)
+        if name not in cached:
+            raise FileNotFoundError(name)
+        return str(cached[name])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    flags = ["weight-change", "--tuned", "adapter", "--initial", "initial", "--json", "o"]
+    for note in ("", "adapter names some/base, which is not here; it is put on initial"):
+        assert measure(*flags) == 0
+        said = capsys.readouterr().err
+        assert note in said
+        assert bool(note) == ("Note" in said)
+        cached.clear()
+
+
+def test_kwargs_without_a_chat_template_are_refused(place, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    Path("initial/chat_template.jinja").unlink(missing_ok=True)
+    bare.save_pretrained("initial")
+    with pytest.raises(
+        ValueError, match=r"\{'enable_thinking': False\} is for a chat template, and the tokenizer has"
+    ):
+        measure("drift", "--tuned", "adapter", "--chat-template-kwargs", '{"enable_thinking": false}')
+
+
+def test_a_device_that_is_not_here(place):
+    for device in ("gpu", "cuda:77"):
+        with pytest.raises(ValueError, match=f"no device '{device}' here .* Name one as torch does: cpu"):
+            measure("drift", "--tuned", "adapter", "--device", device)
+
+
+def test_drift_from_an_adapter_to_another(place, tokenizer, capsys):
+    """Each on the base that it names, whatever the other one's layers are."""
+    base = AutoModelForCausalLM.from_pretrained("initial")
+    other = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    other.peft_config["default"].base_model_name_or_path = "initial"
+    other.save_pretrained("other")
+    flags = ["--prompts", "prompts.txt", "--max-new-tokens", "5", "--json", "o"]
+    assert measure("drift", "--initial", "adapter", "--tuned", "other", *flags) == 0
+    models = [
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("initial"), name).eval()
+        for name in ("adapter", "other")
+    ]
+    answers = greedy_answers(models[0], tokenizer, ["Add 1 and 2.", "What is | France?", "Sort it."], 5)
+    expected = measure_drift(*models, answers)
+    assert json.loads((place / "o").read_text())["nats_per_token"] == pytest.approx(expected.mean, rel=1e-6)
+
+
+def test_an_adapter_that_does_nothing_is_not_measured(place, capsys):
+    """Its weights have other names than its layers, of which peft only warns."""
+    weights = load_file("adapter/adapter_model.safetensors")
+    save_file(
+        {name.replace("layers", "blocks"): weight for name, weight in weights.items()},
+        "adapter/adapter_model.safetensors",
+    )
+    for flags in (["drift"], ["weight-change"]):
+        with pytest.raises(ValueError, match="an adapter that does not fit its base"):
+            measure(*flags, "--tuned", "adapter")
 
 
 def test_weight_change_of_a_whole_model(place, capsys):
@@ -155,6 +366,23 @@ def test_self_bleu_of_samples(place, capsys):
     assert facts["prompts"] == pytest.approx([100, 100])
     assert (facts["num_samples"], facts["sampling"]) == (5, None)
     assert cells(capsys.readouterr().out)[1] == ["samples.jsonl", "100.00", "100 to 100", "2", "5"]
+
+
+def test_self_bleu_leaves_empty_samples_out(place, capsys):
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
+    rows = [["a b c d", " ", "a b c d"], ["", "e f"], ["e f", "e f", "e f"]]
+    (place / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert measure("self-bleu", "--samples", "some.jsonl", "--json", "o") == 0
+    facts = json.loads((place / "o").read_text())
+    assert facts["prompts"] == pytest.approx([100, 100])
+    assert (facts["num_samples"], facts["left_out"]) == (5, {"samples": 3, "prompts": 1})
+    assert "Left out: 3 of 8 samples, which are empty or alone with empty ones" in capsys.readouterr().out
+    (place / "some.jsonl").write_text('["", "a"]\n')
+    with pytest.raises(ValueError, match="sample 0 of prompt 0 is empty"):
+        measure("self-bleu", "--samples", "some.jsonl")
+    (place / "some.jsonl").write_text('["a", "a"]\n["a"]\n')
+    with pytest.raises(ValueError, match="prompt 1 has 1 where self-BLEU needs"):
+        measure("self-bleu", "--samples", "some.jsonl")
 
 
 def test_self_bleu_of_a_model(place, capsys):
@@ -207,7 +435,7 @@ def test_perplexity_of_common_rows(place, capsys):
         ("drift --initial initial --tuned tuned --prompts bad.jsonl", "bad.jsonl, row 0: needs a `prompt`"),
         ("self-bleu --samples bad.jsonl", "bad.jsonl, line 1: a list of texts is needed"),
         ("self-bleu --samples prompts.txt", "prompts.txt, line 1: no JSON"),
-        ("self-bleu --samples samples.jsonl --prompts prompts.txt", "leave --prompts and --save-samples out"),
+        ("self-bleu --samples samples.jsonl --prompts prompts.txt", "leave --prompts, --chat-template-kwargs and"),
         ("self-bleu --model initial --k 1", "--k 1: self-BLEU compares"),
         ("perplexity --model initial --data bad.jsonl", "bad, row 0: needs `messages`, or `prompt`"),
         ("perplexity --model initial --data chats.jsonl chats.jsonl", "need different names, got chats, chats"),

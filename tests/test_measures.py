@@ -211,8 +211,9 @@ def test_tied_weights_count_once() -> None:
         ({"init_lora_weights": "pissa"}, "'pissa' moves base weights into the adapter"),
         ({"bias": "all"}, "trained biases of the base model"),
         ({"trainable_token_indices": [1, 2]}, "single trained tokens"),
+        ({"ensure_weight_tying": True}, "tied layers that are trained"),
     ],
-    ids=["pissa", "bias", "tokens"],
+    ids=["pissa", "bias", "tokens", "tied"],
 )
 def test_adapters_whose_change_is_unknown_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -3,12 +3,14 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .comparison import Comparison, compare
+from ..loading import Source
+from ..measures.inputs import add_template_kwargs
+from .comparison import Comparison, check_arguments, compare
 from .evaluation import Evaluation, read_evaluation
 from .reuse import ModelFiles, Options, jobs_of, model_files, run_jobs
 from .tables import as_json, markdown, sentences, table
@@ -34,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument("--tuned", metavar="MODEL", help="the tuned model: folder or hub id of a model or an adapter")
-    parser.add_argument("--initial", metavar="MODEL", help="the initial model (default: the base of the adapter)")
+    parser.add_argument(
+        "--initial",
+        metavar="MODEL",
+        help="the initial model (default: the base that the adapter names); an adapter is put on it if that is gone",
+    )
     parser.add_argument("--before", type=Path, metavar="PATH", help="results of the initial model: a file or a folder")
     parser.add_argument("--after", type=Path, metavar="PATH", help="results of the tuned model: a file or a folder")
     many: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
@@ -54,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run code that the model writes, in a contained process (the local mbpp task needs it)",
     )
+    add_template_kwargs(parser, "is given")
     parser.add_argument("--no-chat-template", action="store_true", help="prompts as plain text, not as a user's turn")
     parser.add_argument(
         "--max-forgetting", type=float, metavar="SHARE", help="largest allowed loss elsewhere: 0.05 is 5 %% (of BWT)"
@@ -61,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--confidence", type=float, default=0.95, metavar="SHARE", help="of the intervals (0.95)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the resamples and of the evaluation (0)")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="keep before/, after/, comparison.json, .md and .png there"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="keep before/ and after/ there, and comparison.json, .md and .png of the last comparison",
     )
 
 
@@ -78,6 +88,9 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--target names the task that the model was tuned for.")
     if args.max_forgetting is not None and not args.non_target:
         raise ValueError("--max-forgetting is a limit on the loss elsewhere: name tasks with --non-target.")
+    check_arguments(args.max_forgetting, args.confidence, args.seed)
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a file; it takes a folder, for several files.")
     if args.tuned is not None and args.before is None and args.after is None:
         before, after, target, non_target = _evaluated(args)
     elif args.tuned is None and args.before is not None and args.after is not None:
@@ -112,6 +125,7 @@ def _read(args: argparse.Namespace) -> tuple[Evaluation, Evaluation]:
         "--max-new-tokens": args.max_new_tokens,
         "--run-model-written-code": args.run_model_written_code,
         "--no-chat-template": args.no_chat_template,
+        "--chat-template-kwargs": args.chat_template_kwargs,
     }
     given = [flag for flag, value in without_use.items() if value not in (None, False, [])]
     if given:
@@ -142,8 +156,11 @@ def _evaluated(args: argparse.Namespace) -> tuple[Evaluation, Evaluation, list[s
         run_model_code=args.run_model_written_code,
         max_new_tokens=args.max_new_tokens,
         apply_chat_template=not args.no_chat_template,
+        chat_template_kwargs=args.chat_template_kwargs or None,
         seed=args.seed,
     )
+    if args.no_chat_template and args.chat_template_kwargs:
+        raise ValueError("--chat-template-kwargs are for the chat template that --no-chat-template leaves out.")
     tasks = [*args.target, *args.non_target]
     try:
         jobs = [
@@ -152,19 +169,34 @@ def _evaluated(args: argparse.Namespace) -> tuple[Evaluation, Evaluation, list[s
         ]
         to_run = dict.fromkeys(job.text for job in (*jobs[0], *jobs[1]) if not job.is_done)
         if to_run:  # whatever is wrong with a task shows before hours of another one
-            load_tasks(list(to_run), args.run_model_written_code)
+            loaded = load_tasks(list(to_run), args.run_model_written_code)
+            _check_metrics(metrics, {name: task.aggregation() for name, task in loaded.tasks.items()})
         before, after = (run_jobs(of_model, metrics, _say) for of_model in jobs)
     except ImportError as error:  # what is not installed; it says how to get it
         raise ValueError(str(error)) from error
+    except KeyboardInterrupt:
+        _say("What is evaluated stays: the same command goes on." if args.output else "Only --output keeps results.")
+        raise
     return before, after, target, non_target
 
 
+def _check_metrics(metrics: Mapping[str, str], known: Mapping[str, Iterable[str]]) -> None:
+    """Raises ValueError for a metric that its task lacks; a group's are known when it is evaluated."""
+    for task, metric in metrics.items():
+        there = list(known.get(task, ()))
+        if there and metric.partition(",")[0] not in there:
+            raise ValueError(f"--metric {task}={metric}: {task} has no such metric. It has: {' '.join(there)}.")
+
+
 def _models(args: argparse.Namespace) -> tuple[ModelFiles, ModelFiles]:
-    tuned = model_files(args.tuned)
-    name = args.initial or tuned.base
-    if name is None:
+    given = None if args.initial is None else Source(args.initial)
+    tuned = model_files(args.tuned, base=given)
+    source = given or tuned.base
+    if source is None:
         raise ValueError(f"{args.tuned} is a whole model: name the one that it was tuned from with --initial MODEL.")
-    initial = model_files(name)
+    initial = model_files(*source)
+    if tuned.base is not None and tuned.base is given:
+        _say(f"Note: the base that {tuned.name} names is not to be had; it is put on {given.name}.")
     if initial.identity == tuned.identity:
         _say(f"Note: {initial.name} and {tuned.name} are the same, byte for byte.")
     return initial, tuned

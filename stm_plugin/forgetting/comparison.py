@@ -7,19 +7,25 @@ Each comes with an interval, and BWT with a verdict that may be that there is no
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from .bootstrap import Interval, paired_changes, percentile_interval, standard_error, unpaired_changes
-from .evaluation import NOT_THE_MEAN, Evaluation, TaskScore
+from .evaluation import NOT_THE_MEAN, OFF_UNLESS_SET, Evaluation, TaskScore
 
 FORGETS = "forgets"
 WITHIN = "within the limit"
 UNDECIDED = "not enough evidence"
 EXIT_STATUS = {WITHIN: 0, FORGETS: 3, UNDECIDED: 4}
 """Exit status of a command that was given a limit; without one it is 0."""
+
+_SHARES = re.compile(
+    r"(?!balanced_|macro_)(?:\w+_)?(?:acc|exact_match|math_verify|pass|em|exact|contains)(?:[_@,].*)?"
+)
+"""Metrics that count successes, whose standard error can be told from the number of documents."""
 
 
 class TaskChange(NamedTuple):
@@ -137,7 +143,7 @@ def compare(
         ValueError: A task is missing, named twice, or evaluated differently or on other documents in the two; its
             score cannot be made into a ratio; or an argument is out of range.
     """
-    _check_arguments(max_forgetting, num_resamples, confidence, seed)
+    check_arguments(max_forgetting, confidence, seed, num_resamples)
     _check_tasks(before, after, target, non_target)
     tasks: list[TaskChange] = []
     resampled: dict[str, np.ndarray | None] = {}
@@ -167,7 +173,8 @@ def compare(
     )
 
 
-def _check_arguments(max_forgetting: float | None, num_resamples: int, confidence: float, seed: int) -> None:
+def check_arguments(max_forgetting: float | None, confidence: float, seed: int, num_resamples: int = 10_000) -> None:
+    """Raises ValueError for arguments of `compare` that are out of range."""
     if max_forgetting is not None and not 0 <= max_forgetting < 1:
         raise ValueError(f"max_forgetting is a share from 0 up to 1 (0.05 is 5 %), got {max_forgetting}.")
     if num_resamples < 1000:
@@ -199,17 +206,21 @@ def _check_tasks(before: Evaluation, after: Evaluation, target: Sequence[str], n
                     else f"{other} and {task} share the task {leaf}, which would count twice. Leave out one of them."
                 )
             owner[leaf] = task
-        _check_alike(before.tasks[task], after.tasks[task])
+        versions = [evaluation.versions.get("lm_eval_version") for evaluation in (before, after)]
+        _check_alike(before.tasks[task], after.tasks[task], versions[0] is not None and versions[0] == versions[1])
 
 
-def _check_alike(before: TaskScore, after: TaskScore) -> None:
-    """Raises ValueError unless both scores are of the same metric and task, evaluated alike on the same documents."""
+def _check_alike(before: TaskScore, after: TaskScore, same_version: bool) -> None:
+    """Raises ValueError unless both scores are of the same metric and task, evaluated alike on the same documents.
+
+    A setting that only one of them has counts where both are of the same version of lm-eval, which then would know it.
+    """
     task = before.task
     if before.metric != after.metric:
         raise ValueError(
             f"{task} has {before.metric} before and {after.metric} after. Choose one metric for both (--metric)."
         )
-    if not (before.higher_is_better and after.higher_is_better):
+    if False in (before.higher_is_better, after.higher_is_better):
         raise ValueError(
             f"{before.metric} of {task} is better when lower; TI and BWT take metrics that are better when higher. "
             "Choose another with --metric."
@@ -219,12 +230,13 @@ def _check_alike(before: TaskScore, after: TaskScore) -> None:
             raise ValueError(
                 f"{before.metric} of {task} is {score.score} {when}; TI and BWT are ratios of scores of at least 0."
             )
-    shared = [name for name in before.settings if name in after.settings]
-    differing = [name for name in shared if before.settings[name] != after.settings[name]]
+    known = (before.settings.keys() & after.settings.keys()).union(OFF_UNLESS_SET)
+    names = [name for name in {**before.settings, **after.settings} if same_version or name in known]
+    pairs = {name: (before.settings.get(name, "not set"), after.settings.get(name, "not set")) for name in names}
+    differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if differing:
         told = "; ".join(
-            f"{name} is {_short(before.settings[name])} before and {_short(after.settings[name])} after"
-            for name in differing
+            f"{name} is {_short(one)} before and {_short(other)} after" for name, (one, other) in differing.items()
         )
         raise ValueError(f"{task} was evaluated differently: {told}. Evaluate both models alike.")
     _check_documents(before, after)
@@ -291,13 +303,17 @@ def _unpaired(
 ) -> tuple[np.ndarray | None, str]:
     """Relative changes from the scores' standard errors, and why it takes these; None where there are none."""
     why = next(one.why_no_samples for one in (before, after) if one.samples is None)
-    # The share of successes has a standard error by its count; a score that is no mean has only lm-eval's own.
-    counts = [0 if one.why_no_samples == NOT_THE_MEAN else one.num_samples for one in (before, after)]
-    errors = [standard_error(one.score, n, one.stderr) for one, n in zip((before, after), counts, strict=True)]
+    errors = [standard_error(one.score, _count_of_shares(one), one.stderr) for one in (before, after)]
     if errors[0] is None or errors[1] is None:
-        return None, f"no interval: {why}, and there is no standard error"
+        return None, f"no interval: {why}, and there is no standard error above 0"
     resampled = unpaired_changes((before.score, errors[0]), (after.score, errors[1]), num_resamples, rng)
     return resampled, f"not paired, so its interval is wider than need be: {why}"
+
+
+def _count_of_shares(score: TaskScore) -> int:
+    """Documents of a score that is, by its name, the share of them that succeeded; 0 for any other, such as F1."""
+    is_share = _SHARES.fullmatch(score.metric) and score.why_no_samples != NOT_THE_MEAN and len(score.leaves) <= 1
+    return score.num_samples if is_share else 0
 
 
 def _mean(tasks: Sequence[TaskChange], resampled: dict[str, np.ndarray | None], confidence: float) -> Mean:
@@ -366,6 +382,9 @@ def _notes(
         if before.versions[name] != after.versions[name]:
             told = [_short(str(one.versions[name])) for one in (before, after)]
             yield f"{name} is {told[0]} before and {told[1]} after."
+    for task in tasks:
+        if None in (before.tasks[task.task].higher_is_better, after.tasks[task.task].higher_is_better):
+            yield f"{task.task}: the results do not say whether a higher {task.metric} is better; taken as if it were."
     for task in tasks:
         digests = before.tasks[task.task].prompt_digest, after.tasks[task.task].prompt_digest
         if all(digests) and digests[0] != digests[1]:

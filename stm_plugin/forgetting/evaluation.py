@@ -21,7 +21,13 @@ _NOT_THE_TASK = {"dataset_kwargs", "metadata", "num_fewshot", "tag", "task", "ta
 
 `dataset_kwargs` has the paths of local files, whose documents are compared by their hashes.
 """
+_BETTER_WHEN_LOWER = "perplexity word_perplexity byte_perplexity bits_per_byte brier_score ter wer cer".split()
+"""Metrics of lm-eval, in results that do not say so."""
 _ENVIRONMENT = ("lm_eval_version", "transformers_version", "chat_template_sha")
+
+
+OFF_UNLESS_SET = ("system_instruction", "fewshot_as_multiturn")
+"""Settings of all tasks that results have only where they are on."""
 
 
 class TaskScore(NamedTuple):
@@ -35,7 +41,7 @@ class TaskScore(NamedTuple):
         samples: Score of each document by an id that is stable between two runs: its number in the task and the hash
             of its content, "3:5f2c..."; None where they are not known.
         stderr: Standard error of the score as lm-eval gives it.
-        higher_is_better: Whether a higher score is a better one.
+        higher_is_better: Whether a higher score is a better one; None where the results do not say.
         settings: How the task was evaluated, name to value as text; two runs that differ in one measure two things.
         leaves: The tasks that a group consists of; else the task itself.
         why_no_samples: Why `samples` is None.
@@ -48,7 +54,7 @@ class TaskScore(NamedTuple):
     num_samples: int
     samples: dict[str, float] | None = None
     stderr: float | None = None
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
     settings: Mapping[str, str] = MappingProxyType({})
     leaves: tuple[str, ...] = ()
     why_no_samples: str = NO_SAMPLES
@@ -115,7 +121,10 @@ def read_evaluation(
             found.setdefault(task, (file, results))
     if len(models) > 1:
         listed = ", ".join(f"{name} ({file})" for name, file in models.items())
-        raise ValueError(f"{path} holds results of several models: {listed}. Name the file, or one model's folder.")
+        raise ValueError(
+            f"{path} holds results of several models: {listed}. Name the file, or a folder of one model. (What "
+            "`stm forgetting --output` kept, the same command with its --tuned reads without evaluating anything.)"
+        )
     wanted = list(found) if tasks is None else list(tasks)
     _check_names(wanted, metrics, found, str(path))
     scores: dict[str, TaskScore] = {}
@@ -171,7 +180,6 @@ def _task_score(
         samples, why = None, NOT_THE_MEAN
     counts = [results.get("n-samples", {}).get(leaf, {}).get("effective", 0) for leaf in leaves]
     stderr = _number(entry.get(f"{name}_stderr,{filter_name}"))
-    better = results.get("higher_is_better", {}).get(task, {})
     return TaskScore(
         task=task,
         metric=key.removesuffix(",none"),
@@ -179,12 +187,21 @@ def _task_score(
         num_samples=len(samples or ()) or sum(counts) or int(entry.get("sample_len", 0)),
         samples=samples,
         stderr=stderr if stderr is not None and math.isfinite(stderr) else None,
-        higher_is_better=better.get(name, True) is not False,
+        higher_is_better=_higher_is_better(results, (task, *leaves), name),
         settings=_settings(results, task, leaves),
         leaves=leaves,
         why_no_samples=why,
         prompt_digest=digest,
     )
+
+
+def _higher_is_better(results: Mapping[str, Any], tasks: Iterable[str], metric: str) -> bool | None:
+    """What results say of a metric for a task and its parts; of a group whose parts differ, lm-eval says nothing."""
+    directions = results.get("higher_is_better") or {}
+    said = [(directions.get(task) or {}).get(metric) for task in tasks]
+    if False in said or (True not in said and metric in _BETTER_WHEN_LOWER):
+        return False
+    return True if True in said else None
 
 
 def _metric_keys(entry: Mapping[str, Any]) -> list[str]:
@@ -267,9 +284,7 @@ def _settings(results: Mapping[str, Any], task: str, leaves: Sequence[str]) -> d
         settings |= {key if leaf == task else f"{key} of {leaf}": _text(value) for key, value in facts.items()}
     if "chat_template" in results:
         settings["chat template"] = "applied" if results["chat_template"] else "not applied"
-    if results.get("system_instruction"):
-        settings["system_instruction"] = _text(results["system_instruction"])
-    return settings
+    return settings | {name: _text(results[name]) for name in OFF_UNLESS_SET if results.get(name)}
 
 
 def _text(value: Any) -> str:

@@ -2,28 +2,45 @@
 
 import copy
 import importlib.util
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._compat import missing_extra
+from ..loading import Source, base_of, device_of, is_adapter, load_causal_lm, tokenizer_source
 from ..tasks.loading import LoadedTasks, Task, load_tasks, parse_task, quiet
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Task", "evaluate", "evaluate_lm", "parse_task"]
+__all__ = ["LoadedModel", "Task", "evaluate", "evaluate_lm", "load", "parse_task"]
+
+
+class LoadedModel(NamedTuple):
+    """A model in memory, as the results name it.
+
+    Attributes:
+        model: The model, with its adapter if it is one.
+        tokenizer: Its tokenizer.
+        described: What it was loaded from.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    described: dict[str, str]
 
 
 def evaluate(
-    model: "PreTrainedModel | str | Path",
+    model: "PreTrainedModel | LoadedModel | str | Path",
     tasks: Sequence[str],
     *,
     tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None,
     adapter: str | Path | None = None,
+    revision: str | None = None,
     output: Path | None = None,
     limit: int | Mapping[str, int] | None = None,
     batch_size: int = 8,
@@ -33,16 +50,18 @@ def evaluate(
     run_model_code: bool = False,
     max_new_tokens: int | None = None,
     apply_chat_template: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Evaluates a model by lm-eval's own HFLM, greedily; log-probabilities are taken in float32.
 
     Args:
-        model: Folder or hub id, of an adapter too; or a model in memory, PEFT's too, which is evaluated as it stands
-            and left as it was.
+        model: Folder or hub id, of an adapter too; or a model in memory, PEFT's too, or what `load` returns, which is
+            evaluated as it stands and left as it was.
         tasks: Tasks, as `parse_task` reads them.
         tokenizer: The tokenizer, its folder or hub id. By default the adapter's, if it brings one, or the model's.
         adapter: Folder or hub id of an adapter for `model`.
+        revision: That of `model` on the hub; None for the newest.
         output: Folder for results and samples in lm-eval's own format; None writes nothing.
         limit: Most rows of each task, the first ones; or a number for each task by its name.
         batch_size: Rows that go through the model at once.
@@ -53,6 +72,7 @@ def evaluate(
             `mbpp` task needs it.
         max_new_tokens: Longest answer in tokens, of all tasks that generate; by default each task's own.
         apply_chat_template: Whether prompts become a user's message where the tokenizer has a chat template.
+        chat_template_kwargs: What the chat template is given beside the messages.
         seed: Seed of what lm-eval draws, such as few-shot examples. The caller's random state stays.
 
     Returns:
@@ -63,9 +83,17 @@ def evaluate(
         ValueError: A task, its rows, or an option is not allowed; or a task or the model cannot be loaded.
     """
     _check_options(limit, batch_size, max_new_tokens, output)
+    if isinstance(model, LoadedModel):
+        if tokenizer is not None:
+            raise ValueError(
+                "a model that `load` returned has its tokenizer: leave tokenizer= out, or give it to `load`."
+            )
+        model, tokenizer, described = model
+    else:
+        described = {"pretrained": _name_of(model)}
     in_memory = not isinstance(model, str | Path)
     if in_memory:
-        _check_model_in_memory(tokenizer, adapter, dtype, load_in_4bit)
+        _check_model_in_memory(tokenizer, adapter or revision, dtype, load_in_4bit)
     from ..randomness import preserved_random_state
 
     with preserved_random_state(), quiet():
@@ -76,10 +104,15 @@ def evaluate(
         from ..scoring.nll import eval_mode
 
         loaded_model: Any = model
-        described = {"pretrained": _name_of(model)}
         if not in_memory:
-            loaded_model, tokenizer, described = _load_model(
-                str(model), tokenizer, adapter, device, dtype, load_in_4bit
+            loaded_model, tokenizer, described = load(
+                str(model),
+                tokenizer=tokenizer,
+                adapter=adapter,
+                revision=revision,
+                device=device,
+                dtype=dtype,
+                load_in_4bit=load_in_4bit,
             )
         with eval_mode(loaded_model):
             lm = HFLM(
@@ -90,6 +123,14 @@ def evaluate(
                 softmax_dtype="float32",
             )
             templated = apply_chat_template and lm.tokenizer.chat_template is not None
+            if chat_template_kwargs:
+                if not templated:
+                    raise ValueError(
+                        f"chat_template_kwargs {dict(chat_template_kwargs)} are for a chat template, and prompts are "
+                        "plain text here. Leave one of the two out."
+                    )
+                lm.chat_template_args = dict(chat_template_kwargs)  # as an argument, lm-eval 0.4.11 loses them
+                described = described | {"chat_template_kwargs": json.dumps(chat_template_kwargs, sort_keys=True)}
             with eval_mode(loaded_model):  # again: HFLM has put all of it into plain eval mode
                 return _run(
                     lm,
@@ -221,41 +262,53 @@ def _save(tracker: Any, results: dict[str, Any], output: Path) -> None:
             raise OSError(f"lm-eval could not write {folder / name}: is the folder writable, and the disk not full?")
 
 
-def _load_model(
-    base: str, tokenizer: Any, adapter: str | Path | None, device: str | None, dtype: Any, load_in_4bit: bool
-) -> tuple[Any, Any, dict[str, str]]:
-    """Model, tokenizer and their names, from folders or the hub."""
-    import torch
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import find_adapter_config_file
-    from transformers.utils.hub import has_file
+def load(
+    model: str,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: Any = "auto",
+    load_in_4bit: bool = False,
+) -> LoadedModel:
+    """Loads a model for several evaluations; arguments as for `evaluate`.
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    described = {"pretrained": base}
+    Raises:
+        ImportError: bitsandbytes is needed and not installed.
+        ValueError: The model cannot be loaded, or there is no such device.
+    """
+    from transformers import AutoTokenizer
+
+    from ..randomness import preserved_random_state
+
+    device = device_of(device)
+    source, base = Source(model, revision), None
+    name = model
+    if adapter is not None:
+        name, revision, base = str(adapter), None, source
+    described = {"pretrained": source.name}
     try:
-        if adapter is None and find_adapter_config_file(base) is not None:
-            adapter, base = base, str(PeftConfig.from_pretrained(base).base_model_name_or_path)
-        if adapter is not None:
-            described = {"pretrained": base, "peft": str(adapter)}
-        if tokenizer is None:
-            own = adapter is not None and has_file(str(adapter), "tokenizer_config.json")
-            tokenizer = str(adapter) if own else base
-        tokenizer = _tokenizer(tokenizer)
-        keywords: dict[str, Any] = {"dtype": dtype}
+        if adapter is None and is_adapter(name, revision):
+            base = base_of(name, revision)
+        if base is not None:
+            described = {"pretrained": base.name, "peft": name}
+        own: Any = tokenizer
+        if own is None:
+            of_tokenizer = tokenizer_source(name, revision, base)
+            own = AutoTokenizer.from_pretrained(of_tokenizer.name, revision=of_tokenizer.revision)
+        own = _tokenizer(own)
+        keywords: dict[str, Any] = {"dtype": dtype, "revision": revision}
         if load_in_4bit:
             keywords |= {"quantization_config": _four_bit(dtype), "device_map": {"": device}}
-        model = AutoModelForCausalLM.from_pretrained(base, **keywords)
-        if not getattr(model, "is_quantized", False):
-            model.to(device)
-        if adapter is not None:
-            if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens that training added
-                model.resize_token_embeddings(len(tokenizer))
-            model = PeftModel.from_pretrained(model, str(adapter))
+        with preserved_random_state():
+            loaded = load_causal_lm(name, keywords, base=base, num_tokens=len(own))
+        if not load_in_4bit and not getattr(loaded, "is_quantized", False):
+            loaded.to(device)
     except (OSError, ValueError) as error:
         names = " with adapter ".join(described.values())
         raise ValueError(f"the model {names} cannot be loaded from a folder or the hub: {error}") from error
-    return model, tokenizer, described
+    return LoadedModel(loaded, own, described)
 
 
 def _four_bit(dtype: Any) -> Any:
@@ -304,7 +357,8 @@ def _check_model_in_memory(tokenizer: Any, adapter: Any, dtype: Any, load_in_4bi
         raise ValueError("a model in memory needs its tokenizer: give tokenizer=.")
     if adapter is not None or dtype != "auto" or load_in_4bit:
         raise ValueError(
-            "a model in memory is evaluated as it stands: adapter, dtype and load_in_4bit are for one that is loaded."
+            "a model in memory is evaluated as it stands: adapter, revision, dtype and load_in_4bit are for one that "
+            "is loaded."
         )
 
 

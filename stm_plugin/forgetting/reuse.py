@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from .._compat import missing_extra
+from ..loading import Source, base_in
+from ..tasks import definition_version
 from .evaluation import Evaluation, evaluation_of, read_evaluation
 
 _RECORD = "evaluation.json"
@@ -40,6 +42,7 @@ class Options(NamedTuple):
     run_model_code: bool = False
     max_new_tokens: int | None = None
     apply_chat_template: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
     seed: int = 0
 
 
@@ -52,28 +55,27 @@ class ModelFiles(NamedTuple):
 
     Attributes:
         name: Folder or hub id.
-        adapter_config: Its adapter_config.json, if it is an adapter.
+        arguments: What `harness.evaluate` takes to load it.
+        base: The model that an adapter is put on; None for a whole model.
         identity: What its function depends on: hashes of files, or a commit; of an adapter, its base's too.
     """
 
     name: str
-    adapter_config: Path | None
+    arguments: dict[str, Any]
+    base: Source | None
     identity: dict[str, Any]
 
-    @property
-    def base(self) -> str | None:
-        """Folder or hub id of an adapter's base model; None for a model that is none."""
-        return None if self.adapter_config is None else _base(self.adapter_config)
 
-
-def model_files(name: str) -> ModelFiles:
+def model_files(name: str, revision: str | None = None, *, base: Source | None = None) -> ModelFiles:
     """Look up a model.
 
     Args:
         name: Folder or hub id, of an adapter too.
+        revision: On the hub; None for the newest.
+        base: Model that an adapter is put on where the one that its config names is not to be had.
 
     Raises:
-        ValueError: It is nowhere to be had, or an adapter does not name its base.
+        ValueError: It is nowhere to be had, or an adapter names no base that is.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -86,30 +88,36 @@ def model_files(name: str) -> ModelFiles:
             )
         adapter_config = config if config.is_file() else None
     else:
-        adapter_config, found = _hub_file(name, "adapter_config.json"), _hub_file(name, "config.json")
+        adapter_config, found = (_hub_file(name, file, revision) for file in ("adapter_config.json", "config.json"))
         file = adapter_config or found
         if file is None:
             raise ValueError(f"{name}: no such folder, and no model of this name could be had from the hub.")
         identity = {"hub": name, "commit": file.parent.name}
-    if adapter_config is not None:
-        identity["base"] = model_files(_base(adapter_config)).identity
-    return ModelFiles(name, adapter_config, identity)
+    arguments = _arguments(Source(name, revision))
+    if adapter_config is None:
+        return ModelFiles(name, arguments, None, identity)
+    try:
+        own = base_in(adapter_config)
+        identity["base"] = model_files(*own).identity
+    except ValueError:
+        if base is None:
+            raise
+        own, identity["base"] = base, model_files(*base).identity
+        arguments = _arguments(base) | {"adapter": name}
+    return ModelFiles(name, arguments, own, identity)
 
 
-def _base(adapter_config: Path) -> str:
-    base = json.loads(adapter_config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{adapter_config} names no base model (base_model_name_or_path).")
-    return str(base)
+def _arguments(model: Source) -> dict[str, Any]:
+    return {"model": model.name} | ({} if model.revision is None else {"revision": model.revision})
 
 
-def _hub_file(name: str, file: str) -> Path | None:
+def _hub_file(name: str, file: str, revision: str | None) -> Path | None:
     """A file of a hub repository, whose folder there is named by the commit; None if there is none to be had."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(name, file))
+        return Path(hf_hub_download(name, file, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None
 
@@ -139,6 +147,20 @@ class Job(NamedTuple):
         return self.place is not None and (self.place / _RECORD).is_file()
 
 
+def local_weights(model: Source) -> frozenset[str] | None:
+    """Hashes of the files of a model's weights; None where they are not on this machine."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(model.name)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(model.name, revision=model.revision, local_files_only=True))
+        except (OSError, ValueError):
+            return None
+    files = [file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]
+    return frozenset(map(_hash, files)) or None
+
+
 def jobs_of(
     model: ModelFiles, tasks: Sequence[str], limits: dict[str, int], options: Options, folder: Path | None
 ) -> list[Job]:
@@ -164,7 +186,12 @@ def jobs_of(
         facts = {
             "model": model.identity,
             "task": [task.name, task.kind, None if task.file is None else _hash(task.file)],
-            "options": {name: value for name, value in arguments.items() if name not in _NOT_THE_RESULT},
+            "definition": None if task.kind is None else definition_version(task.kind),
+            "options": {  # without the younger one where it is not given, so that what was kept before it is found
+                name: value
+                for name, value in arguments.items()
+                if name not in _NOT_THE_RESULT and not (name == "chat_template_kwargs" and value is None)
+            },
             "versions": _versions(),
         }
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -174,7 +201,7 @@ def jobs_of(
 
 
 def run_jobs(jobs: Sequence[Job], metrics: dict[str, str], say: Say) -> Evaluation:
-    """Run a model's evaluations, but for those that are there.
+    """Run a model's evaluations, but for those that are there; the model is loaded once.
 
     Args:
         jobs: At least one, all of one model.
@@ -185,16 +212,21 @@ def run_jobs(jobs: Sequence[Job], metrics: dict[str, str], say: Say) -> Evaluati
         ValueError: As `harness.evaluate` and `evaluation_of` do.
         ImportError: As `harness.evaluate` does.
     """
-    from .harness import evaluate
+    from . import harness
 
     parts: list[Evaluation] = []
+    loaded: harness.LoadedModel | None = None
     for job in jobs:
         metric = {job.task: metrics[job.task]} if job.task in metrics else None
         if job.is_done:
             say(f"{job.model.name}: {job.task} was evaluated before, in {job.place}")
         else:
+            arguments = dict(job.arguments)
+            how = {name: arguments.pop(name) for name in ("device", "dtype", "load_in_4bit")}
+            if loaded is None:
+                loaded = harness.load(**job.model.arguments, **how)
             say(f"{job.model.name}: evaluating {job.task} ...")
-            results = evaluate(job.model.name, [job.text], output=job.place, **job.arguments)
+            results = harness.evaluate(loaded, [job.text], output=job.place, **arguments)
         if job.place is None:
             parts.append(evaluation_of(results, metric, [job.task]))
             continue

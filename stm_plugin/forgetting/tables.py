@@ -99,7 +99,8 @@ def markdown(comparison: Comparison) -> str:
     head = "# Forgetting, measured"
     how = (
         f"Intervals are from {comparison.num_resamples:,} resamples of the documents, the same ones for both models "
-        f"(seed {comparison.seed}). They do not cover the seed of training."
+        f"(seed {comparison.seed}), with two documents added to each task, one better and one worse by all that a "
+        "score can differ: so few documents cannot look certain. They do not cover the seed of training."
     )
     return "\n\n".join([head, table(comparison), *sentences(comparison), how]) + "\n"
 

@@ -1,12 +1,11 @@
 """The command `stm generate`."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..measures.inputs import DTYPES
+from ..measures.inputs import DTYPES, add_template_kwargs
 from .data import GROUND_TRUTH
 from .engines import Sampling
 from .settings import METHODS, REJECTED, Endpoint, GenerateSettings
@@ -75,12 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", type=Path, metavar="FILE", help="of rephrase: text with {instruction} and {answer}"
     )
-    parser.add_argument(
-        "--chat-template-kwargs",
-        type=_mapping,
-        metavar="JSON",
-        help="what each chat's template is given, such as '{\"enable_thinking\": false}'; written to the rows too",
-    )
+    add_template_kwargs(parser, "of each chat is given, and the rows that are written")
     parser.add_argument(
         "--rejected", choices=REJECTED, default=GROUND_TRUTH, help="where no sample passes (default: %(default)s)"
     )
@@ -103,13 +97,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="variable that has the key (OPENAI_API_KEY, which is sent to hosts of openai.com only)",
     )
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    found = json.loads(text)  # argparse tells of a ValueError
-    if not isinstance(found, dict):
-        raise ValueError
-    return found
 
 
 def main(args: argparse.Namespace) -> int:

@@ -121,6 +121,12 @@ def _problem(row: Row, where: str, kwargs: dict[str, Any]) -> Problem:
             f"{where}: the column {TOOLS!r} is not supported: the model would be asked without them, and trained with "
             "them. Remove the column."
         )
+    both = [name for name in ("prompt", "completion") if name in row]
+    if "messages" in row and both:
+        raise ValueError(
+            f"{where} has `messages` and also {' and '.join(both)}: only one of them would get the new answer, and "
+            "TRL may train on the other. Remove one form."
+        )
     chat = as_chat(row, where)
     prompt, completion = chat["prompt"], chat["completion"]
     if isinstance(prompt, str):

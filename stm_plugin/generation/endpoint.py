@@ -134,8 +134,9 @@ class EndpointEngine:
                 for future in done:
                     future.result()
         finally:
-            for future in pending:
-                future.cancel()
+            if not self._loop.is_closed():
+                # In one step of the loop: one by one, a request that waits would go out for each that is cancelled.
+                self._loop.call_soon_threadsafe(lambda: [future.cancel() for future in pending])
 
     def close(self) -> None:
         """Close connections; nothing can be generated after."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..experiment.results import write_json
+from ..loading import Source
 from ..measures.inputs import LoadedModel, Row, load_model
 from .access import find_key
 from .choosing import choose
@@ -234,7 +235,9 @@ class _Run:
     def loaded(self) -> LoadedModel:
         """The model, with its adapter; loaded when it is first needed."""
         settings = self.settings
-        name, base = (settings.model, None) if settings.adapter is None else (settings.adapter, settings.model)
+        name, base = settings.model, None
+        if settings.adapter is not None:
+            name, base = settings.adapter, Source(settings.model)
         with self._spent("load"):
             return load_model(
                 name,

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..measures.inputs import Row, as_chat
 from ..tasks.code_answers import PASSED as PASSED
+from ..tasks.code_answers import fault_of_tests
 
 Job = tuple[str, Row]
 """An answer with the row that it is for."""
@@ -219,13 +220,6 @@ def _first_fault(form: "_Form", rows: Sequence[Row]) -> str | None:
     return None
 
 
-def _tests_fault(row: Row) -> str | None:
-    tests, setup = row.get("test_list"), row.get("test_setup_code")
-    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests) or not any(tests):
-        return "has no `test_list` of asserts"
-    return None if setup is None or isinstance(setup, str) else "has a `test_setup_code` that is not text"
-
-
 def _math_fault(row: Row) -> str | None:
     from ..tasks.math_answers import boxed
 
@@ -371,7 +365,9 @@ class _Form(NamedTuple):
 
 
 _FORMS = {
-    "tests": _Form("`test_list`, asserts in Python, and perhaps `test_setup_code`", _tests_fault, _tests),
+    "tests": _Form(
+        "`test_list`, asserts in Python, and perhaps `test_setup_code` and `test_imports`", fault_of_tests, _tests
+    ),
     "math": _Form(r"`solution` with its result in \boxed{}", _math_fault, _one_by_one(_math)),
     "number": _Form("`answer` that ends in '#### NUMBER'", _number_fault, _one_by_one(_number)),
     "choice": _Form("`choices` with `label`, and `answerKey`", _choice_fault, _one_by_one(_choice)),

@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser, scores_now: bool = False) -> 
     add_source(parser, None if scores_now else 1, RULE)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--rows", metavar="LIST", help="rows by number, from 0: `3,10-12`")
-    which.add_argument("--most", type=int, metavar="N", help="the N rows of which the largest share is masked")
-    which.add_argument("--random", type=int, default=3, metavar="N", help="N rows drawn at random (default: 3)")
+    which.add_argument("--most", type=_count, metavar="N", help="the N rows of which the largest share is masked")
+    which.add_argument("--random", type=_count, default=3, metavar="N", help="N rows drawn at random (default: 3)")
     parser.add_argument("--random_seed", type=int, default=0, help="seed of --random (default: 0)")
     parser.add_argument("--redact", action="store_true", help="show [REDACTED] in the place of masked tokens")
     parser.add_argument(
@@ -50,6 +50,12 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number of at least 1 is needed, got {text!r}")
+    return int(text)
+
+
 def choose_rows(args: argparse.Namespace, masks: Masks) -> list[int]:
     """Indices of the rows that a command line asks for.
 
@@ -72,7 +78,7 @@ def _parse_rows(text: str, num_rows: int) -> list[int]:
     rows: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise ValueError(f"--rows takes numbers and ranges such as 3,10-12, got {text!r}.")
         rows += range(int(first), int(last if dash else first) + 1)
     beyond = [row for row in rows if row >= num_rows]

@@ -3,7 +3,8 @@
 import argparse
 import json
 import platform
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .._compat import missing_extra
+from ..forgetting.reuse import local_weights
+from ..loading import Source, base_of
 from ..tokens import visible
 from .inputs import (
     DTYPES,
     LoadedModel,
+    add_template_kwargs,
     as_chats,
-    base_of,
     is_adapter,
     load_model,
     read_prompts,
@@ -61,6 +64,10 @@ def main(args: argparse.Namespace) -> int:
     ):
         if needed and find_spec(package) is None:
             raise missing_extra(package, extra)  # before a model answers for an hour
+    for name in ("json", "png", "save_samples"):
+        path = getattr(args, name, None)
+        if path is not None and path.is_dir():
+            raise ValueError(f"--{name.replace('_', '-')} {path} is a folder; it takes a file.")
     measure: Callable[[argparse.Namespace], dict[str, Any]] = args.measure
     facts = measure(args)
     if args.json is not None:
@@ -75,6 +82,7 @@ def _add_drift(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help=f"{_PROMPTS_HELP} (default: 24 general questions)"
     )
+    add_template_kwargs(parser, "is given; a row's own column of that name prevails")
     parser.add_argument(
         "--max-new-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: %(default)s)"
     )
@@ -88,11 +96,13 @@ def _drift(args: argparse.Namespace) -> dict[str, Any]:
     from ..demo.prompts import GENERAL_PROMPTS
     from .drift import measure_drift
 
-    prompts: Sequence[Prompt] = GENERAL_PROMPTS if args.prompts is None else read_prompts(args.prompts)
-    initial_name = _initial(args)
-    initial = _load(args, initial_name)
-    answers = greedy_answers(initial.model, initial.tokenizer, prompts, args.max_new_tokens, args.batch_size)
-    tuned = _load(args, args.tuned, base=initial_name)
+    prompts, template_kwargs = read_prompts(args.prompts or GENERAL_PROMPTS, args.chat_template_kwargs)
+    source = _initial(args)
+    initial, initial_name = _load(args, source), source.name
+    answers = greedy_answers(
+        initial.model, initial.tokenizer, prompts, args.max_new_tokens, args.batch_size, template_kwargs
+    )
+    tuned = _load(args, Source(args.tuned), base=_base_of_tuned(args, source))
     drift = measure_drift(initial.model, tuned.model, answers)
     interval = drift.interval()
     _print_table(
@@ -120,6 +130,7 @@ def _drift(args: argparse.Namespace) -> dict[str, Any]:
         "interval_95": interval,
         "answer_tokens": drift.num_tokens,
         "max_new_tokens": args.max_new_tokens,
+        "chat_template_kwargs": args.chat_template_kwargs,
         **_loaded_as(args),
         "prompts": [
             {"prompt": prompt, "nats_per_token": row.sum_nats / row.num_tokens, "answer_tokens": row.num_tokens}
@@ -136,12 +147,29 @@ def _add_weight_change(parser: argparse.ArgumentParser) -> None:
 def _weight_change(args: argparse.Namespace) -> dict[str, Any]:
     from .weight_change import adapter_change_norm, change_norm, checkpoint_change_norm
 
-    adapter, initial = is_adapter(args.tuned), _initial(args)
-    if adapter:
-        norm = adapter_change_norm(_load(args, args.tuned, base=initial).model)
+    adapter, source = is_adapter(args.tuned), _initial(args)
+    initial = source.name
+    if is_adapter(initial):  # training went on from one
+        if args.load_in_4bit:
+            raise ValueError(
+                f"--initial {initial} is an adapter, and the change from it is that of merged weights, which 4 bits "
+                "would round. Leave --load-in-4bit out."
+            )
+        norm = change_norm(_merged(args, initial), _merged(args, args.tuned))
+    elif adapter:
+        base = _base_of_tuned(args, source)
+        if base == source:
+            norm = adapter_change_norm(_load(args, Source(args.tuned), base=source).model)
+        elif args.load_in_4bit:
+            raise ValueError(
+                f"{args.tuned} is an adapter of {base and base.name}, not of --initial {initial}, and the change from "
+                "that is one of merged weights, which 4 bits would round. Leave --load-in-4bit out."
+            )
+        else:
+            norm = change_norm(_merged(args, initial), _merged(args, args.tuned))
     elif args.load_in_4bit:
         tuned = load_model(args.tuned, dtype=args.dtype, device=args.device)
-        norm = change_norm(_load(args, initial).model, tuned.model)
+        norm = change_norm(_load(args, source).model, tuned.model)
     else:
         norm = checkpoint_change_norm(initial, args.tuned)
     _print_table(["tuned", "initial", "weight change (L2)"], [args.tuned, initial, f"{norm:.6g}"])
@@ -165,6 +193,7 @@ def _add_self_bleu(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help=f"{_PROMPTS_HELP} (default: 24 general questions)"
     )
+    add_template_kwargs(parser, "is given; a row's own column of that name prevails")
     parser.add_argument("--k", type=_positive, default=5, metavar="N", help="samples of each prompt (default: 5)")
     parser.add_argument("--temperature", type=float, default=0.7, help="(default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="(default: %(default)s)")
@@ -178,18 +207,26 @@ def _add_self_bleu(parser: argparse.ArgumentParser) -> None:
 
 
 def _self_bleu(args: argparse.Namespace) -> dict[str, Any]:
-    from .diversity import self_bleu
+    from .diversity import check_samples, self_bleu, without_empty
 
     if args.samples is not None:
-        if args.prompts is not None or args.save_samples is not None:
-            raise ValueError("--samples takes the place of --model: leave --prompts and --save-samples out with it.")
+        if (args.prompts, args.chat_template_kwargs, args.save_samples) != (None, None, None):
+            raise ValueError(
+                "--samples takes the place of --model: leave --prompts, --chat-template-kwargs and --save-samples out "
+                "with it."
+            )
         samples, name = read_samples(args.samples), str(args.samples)
         sampling = None
     else:
         samples, sampling = _sampled(args)
         name = args.model
-    measured = self_bleu(samples)
+    kept = without_empty(samples)
+    if not kept:
+        check_samples(samples)
+    measured = self_bleu(kept)
     interval = measured.interval()
+    num_given = sum(map(len, samples))
+    left_out = {"samples": num_given - measured.num_samples, "prompts": len(samples) - len(kept)}
     _print_table(
         ["model" if sampling else "samples", "self-BLEU", "95 % interval", "prompts", "samples"],
         [
@@ -202,6 +239,11 @@ def _self_bleu(args: argparse.Namespace) -> dict[str, Any]:
     )
     print("\nSelf-BLEU: each sample against the others of its prompt (sacrebleu, sentence level), mean over samples,")
     print("then prompts; higher is less diverse. Interval: bootstrap over prompts.")
+    if left_out["samples"]:
+        print(
+            f"Left out: {left_out['samples']:,} of {num_given:,} samples, which are empty or alone with empty ones, "
+            f"and with them {left_out['prompts']:,} of {len(samples):,} prompts."
+        )
     return {
         "measure": "self-bleu",
         "of": name,
@@ -209,6 +251,7 @@ def _self_bleu(args: argparse.Namespace) -> dict[str, Any]:
         "interval_95": interval,
         "num_samples": measured.num_samples,
         "prompts": measured.prompts,
+        "left_out": left_out,
         "sampling": sampling,
         "sacrebleu": version("sacrebleu"),
     }
@@ -217,16 +260,17 @@ def _self_bleu(args: argparse.Namespace) -> dict[str, Any]:
 def _sampled(args: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
     """Samples of a model, and how they were made."""
     from ..demo.prompts import GENERAL_PROMPTS
-    from .diversity import sample_answers
+    from .diversity import check_sampling, sample_answers
 
     if args.k < 2:
         raise ValueError(f"--k {args.k}: self-BLEU compares the samples of a prompt with each other; take at least 2.")
-    prompts: Sequence[Prompt] = GENERAL_PROMPTS if args.prompts is None else read_prompts(args.prompts)
+    prompts, template_kwargs = read_prompts(args.prompts or GENERAL_PROMPTS, args.chat_template_kwargs)
     sampling = {
         name: getattr(args, name) for name in ("k", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
     }
-    loaded = _load(args, args.model)
-    samples = sample_answers(loaded.model, loaded.tokenizer, prompts, **sampling)
+    check_sampling(args.k, args.temperature, args.top_p)
+    loaded = _load(args, Source(args.model))
+    samples = sample_answers(loaded.model, loaded.tokenizer, prompts, template_kwargs=template_kwargs, **sampling)
     if args.save_samples is not None:
         args.save_samples.parent.mkdir(parents=True, exist_ok=True)
         lines = [
@@ -234,7 +278,7 @@ def _sampled(args: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]
             for prompt, texts in zip(prompts, samples, strict=True)
         ]
         args.save_samples.write_text("".join(lines), encoding="utf-8")
-    return samples, sampling | _loaded_as(args)
+    return samples, sampling | {"chat_template_kwargs": args.chat_template_kwargs} | _loaded_as(args)
 
 
 def _add_perplexity(parser: argparse.ArgumentParser) -> None:
@@ -277,7 +321,7 @@ def _perplexity(args: argparse.Namespace) -> dict[str, Any]:
     data = {label: rows[: args.limit] for label, rows in data.items()}
     for label, rows in data.items():
         as_chats(rows, label)  # before a model is loaded
-    loaded = _load(args, args.model)
+    loaded = _load(args, Source(args.model))
     summaries = measure_perplexity(
         loaded.model,
         loaded.tokenizer,
@@ -327,19 +371,52 @@ def _add_tuned_and_initial(parser: argparse.ArgumentParser) -> None:
         "--tuned", required=True, metavar="MODEL", help="an adapter, or a model after training that was saved whole"
     )
     parser.add_argument(
-        "--initial", metavar="MODEL", help="the model before training (default: the one that the adapter names)"
+        "--initial",
+        metavar="MODEL",
+        help="the model before training (default: the one that the adapter names); an adapter is put on it if that "
+        "is not on this machine",
     )
 
 
-def _initial(args: argparse.Namespace) -> str:
+def _initial(args: argparse.Namespace) -> Source:
     """The model before training: the one asked for, or else the one that the adapter names."""
     if args.initial is not None:
-        return args.initial
+        return Source(args.initial)
     if not is_adapter(args.tuned):
         raise ValueError(
-            f"{args.tuned} is a whole model, which does not say what it was before: name the model with --initial."
+            f"{args.tuned} is no adapter (it has no adapter_config.json), and a whole model does not say what it was "
+            "before: name the model with --initial."
         )
-    return base_of(args.tuned)
+    try:
+        return base_of(args.tuned)
+    except ValueError as error:
+        raise ValueError(f"{error} Name it with --initial.") from None
+
+
+def _base_of_tuned(args: argparse.Namespace, initial: Source) -> Source | None:
+    """What a tuned adapter is put on: its own base if that is on this machine, or else the initial model.
+
+    Where both have the same weights, it is the initial model. None for a model that is no adapter, or where the
+    initial model is one: each is then on its own base.
+    """
+    if not is_adapter(args.tuned) or is_adapter(initial.name):
+        return None
+    if args.initial is None:
+        return initial
+    try:
+        own = base_of(args.tuned)
+    except ValueError:  # it names none
+        return initial
+    if own.name == initial.name:
+        return initial
+    weights = local_weights(own)
+    if weights is None:
+        print(f"Note: {args.tuned} names {own.name}, which is not here; it is put on {initial.name}.", file=sys.stderr)
+        return initial
+    if weights == local_weights(initial):
+        return initial
+    print(f"Note: {args.tuned} is on its own base, {own.name}, not on --initial.", file=sys.stderr)
+    return own
 
 
 def _add_model_options(parser: argparse.ArgumentParser, which: str) -> None:
@@ -362,8 +439,21 @@ def _add_png(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--png", type=Path, metavar="FILE", help=f"also plot {what} there (needs the extra `report`)")
 
 
-def _load(args: argparse.Namespace, name: str, base: str | None = None) -> LoadedModel:
-    return load_model(name, base=base, dtype=args.dtype, load_in_4bit=args.load_in_4bit, device=args.device)
+def _load(args: argparse.Namespace, source: Source, base: Source | None = None) -> LoadedModel:
+    return load_model(
+        source.name,
+        revision=source.revision,
+        base=base,
+        dtype=args.dtype,
+        load_in_4bit=args.load_in_4bit,
+        device=args.device,
+    )
+
+
+def _merged(args: argparse.Namespace, name: str) -> Any:
+    """A model with its adapter merged into it, in float32."""
+    model: Any = load_model(name, dtype="float32", device=args.device).model
+    return model.merge_and_unload() if is_adapter(name) else model
 
 
 def _loaded_as(args: argparse.Namespace) -> dict[str, Any]:

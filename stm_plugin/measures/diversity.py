@@ -5,8 +5,8 @@ Each sample of a prompt is the hypothesis once, the prompt's other samples are i
 over the samples of a prompt, then over prompts: 0 for samples that share no word, 100 for identical ones.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._compat import missing_extra
 from ..answers import Prompt, generate
@@ -68,6 +68,12 @@ def self_bleu(samples: Sequence[Sequence[str]]) -> SelfBleu:
     return SelfBleu(prompts, sum(map(len, samples)))
 
 
+def without_empty(samples: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Samples without empty ones, of which BLEU says nothing, and without prompts that lack two because of that."""
+    pairs = (([text for text in texts if text.strip()], len(texts)) for texts in samples)
+    return [texts for texts, num_given in pairs if len(texts) > 1 or num_given < 2]
+
+
 def check_samples(samples: Sequence[Sequence[str]]) -> None:
     """Raise ValueError for samples that self-BLEU is not defined for, saying which."""
     if not samples:
@@ -82,9 +88,18 @@ def check_samples(samples: Sequence[Sequence[str]]) -> None:
         for index, text in enumerate(texts):
             if not text.strip():
                 raise ValueError(
-                    f"sample {index} of prompt {prompt} is empty, and BLEU says nothing about an empty text. Leave "
-                    "the prompt out, or sample it again with another seed."
+                    f"sample {index} of prompt {prompt} is empty, and BLEU says nothing about an empty text. Leave it "
+                    "out (`without_empty`), or sample it again with another seed."
                 )
+
+
+def check_sampling(k: int, temperature: float, top_p: float) -> None:
+    """Raise ValueError for values that `sample_answers` refuses."""
+    if k < 1 or temperature <= 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"samples need k of at least 1, a temperature above 0 and top_p above 0 and at most 1, got k={k}, "
+            f"temperature={temperature}, top_p={top_p}. Greedy answers are all alike: for them there is no diversity."
+        )
 
 
 def sample_answers(
@@ -98,6 +113,7 @@ def sample_answers(
     max_new_tokens: int = 256,
     seed: int = 0,
     batch_size: int = 8,
+    template_kwargs: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[list[str]]:
     """Let a model answer each prompt several times, by sampling from its distribution as temperature and top-p cut it.
 
@@ -114,6 +130,7 @@ def sample_answers(
         max_new_tokens: Longest answer, in tokens.
         seed: Seed of the samples.
         batch_size: Answers that are made at once.
+        template_kwargs: As for `greedy_answers`.
 
     Returns:
         The texts of each prompt's samples, without special tokens.
@@ -125,12 +142,9 @@ def sample_answers(
 
     from ..randomness import preserved_random_state
 
-    if k < 1 or temperature <= 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"samples need k of at least 1, a temperature above 0 and top_p above 0 and at most 1, got k={k}, "
-            f"temperature={temperature}, top_p={top_p}. Greedy answers are all alike: for them there is no diversity."
-        )
+    check_sampling(k, temperature, top_p)
     repeated = [prompt for prompt in prompts for _ in range(k)]
+    kwargs = None if template_kwargs is None else [some for some in template_kwargs for _ in range(k)]
     with preserved_random_state():
         torch.manual_seed(seed)
         rows = generate(
@@ -139,6 +153,7 @@ def sample_answers(
             repeated,
             max_new_tokens,
             batch_size,
+            kwargs,
             do_sample=True,
             temperature=temperature,
             top_p=top_p,

@@ -1,13 +1,16 @@
 """What the measures' commands are given by name: prompts, chats and samples in files, models and adapters."""
 
+import argparse
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .. import loading
 from .._compat import missing_extra
 from ..answers import Prompt
+from ..loading import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,17 +55,38 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+class Prompts(NamedTuple):
+    """What a model is to answer.
+
+    Attributes:
+        prompts: The prompts.
+        template_kwargs: What the chat template is given beside the messages of each.
+    """
+
+    prompts: list[Prompt]
+    template_kwargs: list[dict[str, Any]]
+
+
+def read_prompts(source: Path | Sequence[Prompt], kwargs: Mapping[str, Any] | None = None) -> Prompts:
     """Prompts from a file: plain text, one a line, or JSON lines of `prompt` or of chats in `messages`.
 
-    A `prompt` is text or a list of messages. Of a chat in `messages`, an answer at its end is left off.
+    A `prompt` is text or a list of messages. Of a chat in `messages`, an answer at its end is left off. What a row has
+    in `tools` and `chat_template_kwargs` goes to the chat template, as in TRL.
+
+    Args:
+        source: The file; or the prompts themselves.
+        kwargs: What else the chat template is given; a row's own prevail.
 
     Raises:
-        ValueError: For no such file, nothing in it, or a row without a prompt.
+        ValueError: For no such file, nothing in it, a row without a prompt, or as for `template_kwargs`.
     """
-    if path.suffix.lower() != ".jsonl":
-        return [line for _, line in _lines(path)]
-    return [prompt_of(row, f"{path}, row {index}") for index, row in enumerate(read_rows(path))]
+    given = dict(kwargs or {})
+    if isinstance(source, Path) and source.suffix.lower() == ".jsonl":
+        rows = [(row, f"{source}, row {index}") for index, row in enumerate(read_rows(source))]
+        own = [template_kwargs(row, where) | ({TOOLS: row[TOOLS]} if row.get(TOOLS) else {}) for row, where in rows]
+        return Prompts([prompt_of(row, where) for row, where in rows], [given | some for some in own])
+    prompts: list[Prompt] = list(source) if not isinstance(source, Path) else [line for _, line in _lines(source)]
+    return Prompts(prompts, [given] * len(prompts))
 
 
 def prompt_of(row: Row, where: str) -> Prompt:
@@ -154,13 +178,34 @@ def template_kwargs_of(rows: Sequence[Row], name: str) -> list[dict[str, Any]]:
 
 def template_kwargs(row: Row, where: str) -> dict[str, Any]:
     """What a row's `chat_template_kwargs` say; `where` says in errors which row it is."""
-    found = row.get(TEMPLATE_KWARGS) or {}
+    return check_template_kwargs(row.get(TEMPLATE_KWARGS) or {}, where)
+
+
+def check_template_kwargs(found: Any, where: str) -> dict[str, Any]:
+    """Raise ValueError for `chat_template_kwargs` that are no mapping, or name what is set already; else the same."""
     if not isinstance(found, dict):
         raise ValueError(f"{where}: {TEMPLATE_KWARGS!r} must be a mapping, such as {{'enable_thinking': False}}.")
     for key in _GIVEN_BY_US:
         if key in found:
             raise ValueError(f"{where}: {key!r} is not for {TEMPLATE_KWARGS!r}: it is set already. Remove it.")
     return found
+
+
+def add_template_kwargs(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add `--chat-template-kwargs JSON` to a command; `text` says which chats they are for, and what else."""
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=_template_kwargs_argument,
+        metavar="JSON",
+        help=f"what the chat template {text}, such as '{{\"enable_thinking\": false}}'",
+    )
+
+
+def _template_kwargs_argument(text: str) -> dict[str, Any]:
+    try:
+        return check_template_kwargs(json.loads(text), text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def read_samples(path: Path) -> list[list[str]]:
@@ -188,32 +233,17 @@ def is_adapter(name: str) -> bool:
     Raises:
         ValueError: If it is neither a folder nor a hub id that can be reached.
     """
-    from transformers.utils import find_adapter_config_file
-
     try:
-        return find_adapter_config_file(name) is not None
+        return loading.is_adapter(name)
     except (OSError, ValueError) as error:
         raise not_found(name, error) from None
-
-
-def base_of(adapter: str) -> str:
-    """The model that an adapter's config names as the one that it is for.
-
-    Raises:
-        ValueError: If it names none.
-    """
-    from peft import PeftConfig
-
-    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    if not base:
-        raise ValueError(f"the adapter {adapter} does not say which model it is for. Name it with --initial.")
-    return str(base)
 
 
 def load_model(
     name: str,
     *,
-    base: str | None = None,
+    revision: str | None = None,
+    base: Source | None = None,
     dtype: str = "auto",
     load_in_4bit: bool = False,
     device: str | None = None,
@@ -222,41 +252,33 @@ def load_model(
 
     Args:
         name: Folder or hub id.
-        base: Model that an adapter is put on; None for the one that its config names.
+        revision: On the hub; None for the newest.
+        base: Model that an adapter is put on; None for the one that its config names. Of no use for a whole model.
         dtype: One of `DTYPES`, `auto` being the checkpoint's own.
         load_in_4bit: Whether bitsandbytes quantizes the model, or the adapter's base, to NF4.
         device: Such as `cuda:1`; None for the first GPU, or else the CPU.
 
     Raises:
-        ValueError: If the model, or an adapter's base, is nowhere to be had.
+        ValueError: If the model, or an adapter's base, is nowhere to be had, or an adapter does not fit its base.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = name if is_adapter(name) else None
-    if adapter is not None:
-        base = base or base_of(adapter)
-    source = base if adapter is not None and base is not None else name
-    options: dict[str, Any] = {"dtype": dtype}
+    device = loading.device_of(device)
+    base = (base or loading.base_of(name, revision)) if is_adapter(name) else None
+    source = base or Source(name, revision)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
     if load_in_4bit:
         options |= {"quantization_config": _four_bit(source, dtype), "device_map": {"": device}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
-        has_own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(adapter if has_own else source)
+        of_tokenizer = loading.tokenizer_source(name, revision, base)
+        tokenizer = AutoTokenizer.from_pretrained(of_tokenizer.name, revision=of_tokenizer.revision)
+        model = loading.load_causal_lm(name, options, base=base, num_tokens=len(tokenizer))
     except (OSError, ValueError) as error:
-        raise not_found(source, error) from None
-    if not load_in_4bit:
-        model = model.to(device)
-    if adapter is None:
-        return LoadedModel(model, tokenizer)
-    from peft import PeftModel
-
-    return LoadedModel(PeftModel.from_pretrained(model, adapter), tokenizer)
+        raise not_found(source.name, error) from None
+    return LoadedModel(model if load_in_4bit else model.to(device), tokenizer)
 
 
-def _four_bit(name: str, dtype: str) -> Any:
+def _four_bit(source: Source, dtype: str) -> Any:
     """NF4 as `stm sft --load_in_4bit` has it, computing in the dtype asked for."""
     import torch
     from transformers import AutoConfig, BitsAndBytesConfig
@@ -264,9 +286,9 @@ def _four_bit(name: str, dtype: str) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise missing_extra("bitsandbytes", "qlora")
     try:
-        compute = AutoConfig.from_pretrained(name).dtype if dtype == "auto" else dtype
+        compute = AutoConfig.from_pretrained(source.name, revision=source.revision).dtype if dtype == "auto" else dtype
     except (OSError, ValueError) as error:
-        raise not_found(name, error) from None
+        raise not_found(source.name, error) from None
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute or torch.float32
     )

@@ -19,7 +19,8 @@ def adapter_change_norm(model: "PeftModel") -> float:
 
     Equal, but for rounding, to `change_norm(base, model.merge_and_unload())`; layer by layer and without a merged
     copy of the model. LoRA adds `scaling * B @ A`, DoRA rescales the rows of the sum as well. Modules trained in full
-    (`modules_to_save`) count with their difference.
+    (`modules_to_save`) count with their difference. Where both ends of a tied model have LoRA, each has its own change
+    here, as in the model that runs; merging adds both to the one weight.
 
     Args:
         model: A PEFT model with one active LoRA adapter, not merged. The base may be quantized.
@@ -181,6 +182,11 @@ def _check_adapter(model: "PeftModel") -> None:
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} moves base weights into the adapter before training, so "
             "the adapter is not the change. Merge both models and use change_norm."
+        )
+    if getattr(config, "ensure_weight_tying", False):
+        raise ValueError(
+            "the weight change of tied layers that are trained as one (ensure_weight_tying) is not supported. Merge "
+            "the adapter into its base (`merge_and_unload`), save the model, and compare it as a whole one."
         )
     if any(isinstance(module, TrainableTokensWrapper) for module in model.modules()):
         raise ValueError("the weight change of single trained tokens (trainable_token_indices) is not supported.")
