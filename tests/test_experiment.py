@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stm_plugin.experiment import arm, run
+from stm_plugin.experiment import arm, models, run
 from stm_plugin.experiment.config import RunName, make_experiment, read_experiment
 from stm_plugin.experiment.contrast import contrast
 from stm_plugin.experiment.preparing import ScoringClock, preparing
@@ -30,8 +30,9 @@ from stm_plugin.experiment.results import (
 )
 from stm_plugin.experiment.run import RunFailedError, Runner
 from stm_plugin.experiment.settings import differences, digests, plain
-from stm_plugin.experiment.summary import mean_evaluation
+from stm_plugin.experiment.summary import mean_evaluation, summarize
 from stm_plugin.experiment.yaml_text import load_yaml
+from stm_plugin.forgetting import reuse
 from stm_plugin.forgetting.evaluation import Evaluation, TaskScore
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +93,7 @@ def test_only_chooses_arms_and_runs():
     ("changes", "message"),
     [
         ({"modle": "x"}, "at the top: no key 'modle'; did you mean model"),
+        ({"evaluation": {"chat_template_kwargs": {"tools": []}}}, "in evaluation: 'tools' is not for"),
         ({"evaluation": {"limits": 3}}, "in evaluation: no key 'limits'; did you mean limit"),
         ({"evaluation": {"limit": {"arc": 3}}}, "in evaluation.limit: no key 'arc'; did you mean arc_challenge"),
         ({"evaluation": {"batch_size": 0}}, "`batch_size` must be a positive whole number, got 0"),
@@ -104,6 +106,19 @@ def test_only_chooses_arms_and_runs():
         ({"arms": {"a": {"stm_treshold": 2}}}, "in arms.a: no key 'stm_treshold'; did you mean stm_threshold"),
         ({"arms": {"a": {"stm_threshold": 2, "kl_coef": 1}}}, "in arms.a: an arm is an STM run or a KL run"),
         ({"arms": {"a": {"training": {"seed": 1}}}}, "in arms.a: training.seed is set by `seeds`"),
+        (
+            {
+                "training": {"model_init_kwargs": {"dtype": "bfloat16"}},
+                "main": None,
+                "compare": None,
+                "arms": {"a": {}},
+            },
+            "in arms.a: training.model_init_kwargs.dtype would train another model than the one that is measured. Set",
+        ),
+        (
+            {"arms": {"a": {"training": {"model_init_kwargs": {"revision": "v2"}}}}},
+            "in arms.a: training.model_init_kwargs.revision would train another model",
+        ),
         ({"arms": {"a": {"training": {"kl_coef": 1}}}}, "kl_coef belongs into the arm itself"),
         ({"arms": {"a": {"seeds": 3}}}, "in arms.a: `seeds` must be a list of whole numbers, got 3"),
         ({"arms": {"a": {"seeds": [1, 1]}}}, "a seed is there twice"),
@@ -188,11 +203,13 @@ def test_generation_by_a_server():
         ({"data": "made"}, "its data, 'made', are generated ones. Name the file"),
         ({"arms": {"a": {"stm_tuned_model": "plian/0"}, "plain": {}}}, "in arms.a: stm_tuned_model: plian/0: no arm"),
         ({"arms": {"a": {"stm_tuned_model": "plain/3"}, "plain": {}}}, "plain has no seed 3, it has 0."),
-        ({"arms": {"a": {"stm_tuned_model": "a"}}}, "an arm cannot be its own tuned model (a -> a)"),
+        ({"arms": {"a": {"stm_tuned_model": "a"}}}, "an arm cannot take its own model (a -> a)"),
         (
             {"arms": {"a": {"stm_tuned_model": "b/0"}, "b": {"stm_tuned_model": "c"}, "c": {"stm_tuned_model": "a"}}},
-            "in arms.a: stm_tuned_model: an arm cannot be its own tuned model (a -> b -> c -> a)",
+            "in arms.a: stm_tuned_model: an arm cannot take its own model (a -> b -> c -> a)",
         ),
+        ({"arms": {"a": {"stm_reference": "b"}, "b": {"stm_tuned_model": "a"}}}, "in arms.a: stm_reference: an arm"),
+        ({"arms": {"a": {"stm_reference": "plian/0"}, "plain": {}}}, "in arms.a: stm_reference: plian/0: no arm"),
     ],
 )
 def test_what_is_not_allowed_of_data_systems_is_named(changes, message):
@@ -206,6 +223,16 @@ def test_tuned_models_are_runs_or_what_they_were():
     assert names == {"diff": ("plain", 1), "both": ("own", 0)} | dict.fromkeys(("plain", "stm", "own", "hub"))
     assert experiment.runs_to_keep() == {RunName("plain", 1), RunName("own", 0)}
     assert experiment.run_settings(RunName("hub", 0))["options"]["stm_tuned_model"] == "some/model"
+
+
+def test_references_are_runs_or_what_they_were():
+    """Those of an arm's name that are words of the option are its words."""
+    names = {"other": "plain", "hub": "some/model", "current": "current", "initial": "initial"}
+    arms = {"plain": {}, **{name: {"stm_reference": reference} for name, reference in names.items()}}
+    experiment = more(main=None, compare=None, arms=arms)
+    assert experiment.runs_to_keep() == {experiment.tuned_run(RunName("other", 0))} == {RunName("plain", 0)}
+    references = {name: experiment.run_settings(RunName(name, 0))["options"]["stm_reference"] for name in names}
+    assert references == names | {"other": "plain/0"}
 
 
 def test_settings_hold_what_generated_data_and_tuned_models_depend_on():
@@ -318,8 +345,9 @@ def test_shipped_arms_are_configs_of_trl_and_peft(path, tmp_path):
         assert (parts.peft_config is None) == (own.lora is None)
         assert parts.args.seed == name.seed
         options = own.options
-        if "stm_tuned_model" in options:  # a run of the experiment, of which the trainer gets the folder
-            options = options | {"stm_tuned_model": str(model_path(tmp_path / "out", RunName("plain", 0)))}
+        for option in ("stm_tuned_model", "stm_reference"):
+            if options.get(option) == "plain/0":  # of a run of the experiment, the trainer gets the folder
+                options = options | {option: str(model_path(tmp_path / "out", RunName("plain", 0)))}
         assert all(getattr(parts.args, key) == value for key, value in options.items())
         assert all(getattr(parts.args, key) == value for key, value in own.training.items() if "kwargs" not in key)
     assert parts.args.learning_rate == experiment.arms[name.arm].training["learning_rate"]
@@ -462,6 +490,9 @@ def test_mean_evaluation_is_the_mean_of_each_document():
     pooled = mean_evaluation(seeds).tasks["a"]
     assert list(pooled.samples.values()) == [1.0, 0.5, 0.0]
     assert pooled.score == pytest.approx(0.5)
+    assert pooled.stderr is None
+    seeds = [evaluation("x", score("a", [1, 0], stderr=stderr)) for stderr in (0.1, 0.2)]
+    assert mean_evaluation(seeds).tasks["a"].stderr == pytest.approx(0.15)
 
 
 # Runs, with a stand-in for the processes.
@@ -475,8 +506,9 @@ class Stage:
         self.broken, self.seconds = set(), 60.0
         for name in ("chats", "target", "other"):
             (folder / f"{name}.jsonl").write_text(f"{name}\n")
-        self.experiment = minimal()
+        self.experiment, self.models = minimal(), {}
         monkeypatch.setattr(run, "_wait", self.wait)
+        monkeypatch.setattr(run, "model_digest", lambda name: self.models.get(name, f"files of {name}"))
 
     def runner(self, **options):
         return Runner(self.experiment, self.folder, self.output, self.said.append, **options)
@@ -557,7 +589,12 @@ def run_result(settings, seconds=60.0):
         "evaluation": packed_evaluation(after),
         "drift": {"nats_per_token": 0.1 + settings["seed"] / 100, "tokens": 9},
         "weight_change_l2": 2.0,
-        "answers_perplexity": {"mean": 4.0, "std": 1.0, "pooled": 3.0},
+        "answers_perplexity": {
+            "of": {"data": settings["data"], "digest": "as ever"},
+            "mean": 4.0,
+            "std": 1.0,
+            "pooled": 3.0,
+        },
         "date": f"2026-01-0{settings['seed'] + 2}T00:00:00+00:00",
     } | HERE
 
@@ -685,6 +722,8 @@ def test_list(done, capsys):
     assert [line.split()[0] for line in lines] == ["plain/0", "stm/3", "plain/1", "stm/2", "other/0", "kl/0"]
     assert lines[0].endswith("done, 60 s")
     assert lines[4].split() == ["other/0", "plain", "to", "do"]
+    command(done.config, "--output", done.output, "--list", "--only", "stm/2", "other")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["stm/2", "other/0"]
     done.config.write_text(MINIMAL.replace("{r: 4,", "{r: 8,"))
     command(done.config, "--output", done.output, "--list")
     assert "done with other settings: lora.r was 4, is now 8" in capsys.readouterr().out.splitlines()[0]
@@ -699,6 +738,8 @@ def test_arguments_are_checked(done):
         command(done.config, "--data", done.folder, "--minutes", 0)
     with pytest.raises(ValueError, match="no such file"):
         command(done.folder / "none.yaml", "--list")
+    with pytest.raises(ValueError, match="--only is of no use with --table"):
+        command(done.config, "--output", done.output, "--table", "--only", "stm")
     with pytest.raises(ValueError, match="nothing has been run yet"):
         command(done.config, "--output", done.folder / "elsewhere", "--table")
 
@@ -739,7 +780,7 @@ def test_table(done, capsys):
     assert summary["pairs"][0]["ti"]["verdict"] == "not enough evidence"
 
 
-def test_table_leaves_out_results_of_other_settings(done):
+def test_table_leaves_out_results_of_other_settings(done, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     path = run_path(done.output, RunName("plain", 1))
     facts = read_json(path)
@@ -749,11 +790,71 @@ def test_table_leaves_out_results_of_other_settings(done):
     facts = read_json(path)
     facts["settings"]["options"]["kl_coef"] = 3
     write_json(facts, path)
+    capsys.readouterr()
     command(done.config, "--output", done.output, "--table")
     text = (done.output / "table.md").read_text()
+    assert "stm: plain/1 is left out, its settings are others" in capsys.readouterr().err
+    assert "Not done: other/0." in text
     assert "plain/1 is left out, its settings are others: other.jsonl is another file" in text
     assert "kl/0 is left out, its settings are others: options.kl_coef was 3, is now 0.1." in text
     assert "| plain | 1 |" in text
+
+
+def test_table_leaves_out_what_was_trained_or_judged_otherwise(done):
+    """By another file of the same name, however it came to be there, and by another task definition."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    later = run_path(done.output, RunName("plain", 1))
+    facts = read_json(later)
+    facts["answers_perplexity"]["of"]["digest"] = "another"
+    facts["date"] = "2026-02-01T00:00:00+00:00"
+    write_json(facts, later)
+    command(done.config, "--output", done.output, "--table")
+    text = (done.output / "table.md").read_text()
+    assert "plain/0 is left out, it was trained on another chats.jsonl than the latest run." in text
+    assert "stm/3 is left out, it was trained on another chats.jsonl" in text
+    assert "| plain | 1 |" in text
+    facts["answers_perplexity"]["of"]["digest"] = "as ever"
+    facts["evaluation"]["tasks"]["t"]["settings"] = {"version": "1.1"}
+    write_json(facts, later)
+    command(done.config, "--output", done.output, "--table")
+    text = (done.output / "table.md").read_text()
+    assert "plain/1 is left out: t was evaluated differently: version is not set before and 1.1 after" in text
+    assert "| plain | 1 |" in text
+    assert "| stm | 2 |" in text
+
+
+def test_seeds_are_compared_with_the_initial_scores_that_there_are(done):
+    """Not with those that there were when they were made."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    path = run_path(done.output, RunName("plain", 0))
+    facts = read_json(path)
+    write_json(facts | {"bwt": 9.0, "ti": 9.0}, path)
+    command(done.config, "--output", done.output, "--table")
+    summary = json.loads((done.output / "results.json").read_text())
+    assert summary["arms"]["plain"]["bwt"]["of_seeds"] == pytest.approx([-0.375, -0.375])
+    assert summary["arms"]["plain"]["ti"]["of_seeds"] == pytest.approx([1.0, 1.0])
+
+
+def test_table_has_the_arms_notes_and_the_initial_models_own_name(done):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    path = done.output / "initial.json"
+    facts = read_json(path)
+    facts["evaluation"]["versions"]["model_dtype"] = "torch.float32"
+    write_json(facts, path)
+    for result in (done.output / "runs").glob("*/*.json"):
+        facts = read_json(result)
+        facts["evaluation"]["versions"]["model_dtype"] = "torch.bfloat16"
+        write_json(facts, result)
+    command(done.config, "--output", done.output, "--table")
+    text = (done.output / "table.md").read_text()
+    assert text.count("Note: model_dtype is torch.float32 before and torch.bfloat16 after.") == 1
+    path = run_path(done.output, RunName("kl", 0))
+    facts = read_json(path)
+    facts["evaluation"]["versions"]["model_dtype"] = "torch.float32"
+    write_json(facts, path)
+    command(done.config, "--output", done.output, "--table")
+    assert "Note on plain, stm: model_dtype is torch.float32" in (done.output / "table.md").read_text()
+    assert "Initial model: some/model." in text
 
 
 def test_plots_show_shares_and_rates_where_arms_differ_in_them(done, tmp_path):
@@ -761,17 +862,27 @@ def test_plots_show_shares_and_rates_where_arms_differ_in_them(done, tmp_path):
     from stm_plugin.experiment.plots import write_plots
     from stm_plugin.experiment.summary import summarize
 
-    summary = summarize(done.experiment, done.output)
-    one = summary["arms"]["stm"]
-    for index in (1, 2):
-        rate = {"learning_rate": 1e-3 * index, "weight_decay": 0.1}
-        masked = {"mean": 0.1 * index, "low": 0.1, "high": 0.2}
-        summary["arms"][f"stm{index}"] = one | {"training": rate, "masked_fraction": masked}
-    names = [path.name for path in write_plots(summary, tmp_path)]
+    def with_rates(**changes):
+        summary = summarize(done.experiment, done.output)
+        one = summary["arms"]["stm"]
+        for index in (1, 2):
+            rate = {"learning_rate": 1e-3 * index, "weight_decay": 0.1}
+            masked = {"mean": 0.1 * index, "low": 0.1, "high": 0.2}
+            facts = {"training": rate, "masked_fraction": masked}
+            facts |= {name: values[index - 1] for name, values in changes.items()}
+            summary["arms"][f"stm{index}"] = one | facts
+        return summary
+
+    names = [path.name for path in write_plots(with_rates(), tmp_path)]
     assert names == ["forgetting.png", "masked.png", "learning_rate.png"]
     first = [(tmp_path / name).read_bytes() for name in names]
-    write_plots(summary, tmp_path)
+    write_plots(with_rates(), tmp_path)
     assert [(tmp_path / name).read_bytes() for name in names] == first
+    assert len(write_plots(with_rates(rows=[5, 6]), tmp_path)) == 2  # they differ in more than the rate
+    of_zero = with_rates()
+    for facts in of_zero["arms"].values():  # of a target whose initial score is 0
+        facts["ti"] = facts["ti"] | {"mean": None}
+    assert len(write_plots(of_zero, tmp_path)) == 3
 
 
 # Data that are generated, and models that other runs take, with the same stand-in.
@@ -857,6 +968,21 @@ def test_time_that_generating_took_counts(stage, monkeypatch):
     assert stage.runner(minutes=4).run(stage.experiment.runs()) == []
     assert stage.names() == ["check", "initial", "generate-made"]
     assert stage.said[-1] == "Stopped before a/0: 2 runs are left. Start again to go on."
+
+
+def test_results_of_an_older_task_definition_are_no_ones_of_today(stage, monkeypatch):
+    """Found before hours of training, not when its scores are compared."""
+    stage.experiment = with_arms(plain={})
+    assert stage.runner().run(stage.experiment.runs()) == []
+    before, file = stage.names(), stage.output / "initial.json"
+    facts = read_json(file)
+    facts["evaluation"]["tasks"]["t"]["settings"] = {"version": "1.0"}
+    write_json(facts, file)
+    assert stage.runner().run(stage.experiment.runs()) == []
+    monkeypatch.setattr(run, "definition_version", lambda kind: f"2.0 of {kind}")
+    with pytest.raises(ValueError, match=r"the definition of arc_challenge was of version 1.0, is now of 2.0 of arc_"):
+        stage.runner().run(stage.experiment.runs())
+    assert stage.names() == before
 
 
 def test_a_run_comes_after_the_one_whose_model_it_takes(stage):
@@ -1053,7 +1179,7 @@ def test_a_process_ends_with_its_parent(tmp_path):
     """Killed by SIGKILL, the parent can do nothing for it."""
     child = "import threading, time; from stm_plugin.experiment.arm import _end_with_parent as end; "
     child += "threading.Thread(target=end, daemon=True).start(); "
-    child += "open('started', 'w').close(); time.sleep(60); open('survived', 'w').close()"
+    child += "open('started', 'w').close(); time.sleep(600); open('survived', 'w').close()"
     parent = "import sys; from pathlib import Path; from stm_plugin.experiment.run import _wait; "
     parent += f"_wait([sys.executable, '-c', {child!r}], Path('log'), append=False)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -1067,21 +1193,23 @@ def test_a_process_ends_with_its_parent(tmp_path):
 
 
 def test_ctrl_c_ends_the_process_and_is_told(tmp_path):
-    child = "import time; open('started', 'w'); time.sleep(60)"
+    child = "import time; open('started', 'w'); time.sleep(600)"
     parent = "import signal, sys; from pathlib import Path; from stm_plugin.experiment.run import _wait\n"
     parent += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a test in the background ignores it
+    parent += "import subprocess; wait = subprocess.Popen.wait\n"
+    parent += "subprocess.Popen.wait = lambda *args: (open('waits', 'w'), wait(*args))[1]\n"
     parent += f"try: _wait([sys.executable, '-c', {child!r}], Path('log'), append=False)\n"
     parent += "except KeyboardInterrupt: sys.exit(130)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=environment)
-    wait_for(lambda: (tmp_path / "started").exists())
+    wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "waits").exists())
     child_pids = children(process.pid)
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait(120) == 130
     assert not any(map(alive, child_pids))
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come about in time"
@@ -1095,7 +1223,7 @@ def children(pid):
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -1109,7 +1237,7 @@ data: chats.jsonl
 rows: 8
 target: ["t:arc_challenge=target.jsonl"]
 non_target: [arc_challenge=other.jsonl]
-evaluation: {{batch_size: 4}}
+evaluation: {{batch_size: 4, dtype: bfloat16}}
 drift: {{prompts: ["Who are you?", "What is it?"], max_new_tokens: 4}}
 training:
   max_steps: {steps}
@@ -1129,6 +1257,7 @@ arms:
 
 SYSTEMS = """
   difference: {stm_strategy: difference, stm_threshold: 1.0e-3, stm_tuned_model: plain}
+  by_plain: {stm_threshold: 5000, stm_reference: plain/0}
   own: {data: made}
 generate:
   made: {method: self-output, samples: 2, max_new_tokens: 3, verifier: exact}
@@ -1178,6 +1307,89 @@ def tiny_run(tiny):
     return tiny / "out"
 
 
+def test_another_model_at_the_same_place_is_told(stage):
+    arms = {"plain": {"seeds": [0, 1]}, "stm": {"stm_threshold": 2, "stm_reference": "x/other"}}
+    stage.experiment = minimal(arms=arms)
+    stage.runner().run(stage.experiment.runs())
+    model = stage.experiment.model
+    settings = read_json(run_path(stage.output, RunName("stm", 0)))["settings"]
+    assert settings["models"] == {name: f"files of {name}" for name in (model, "x/other")}
+    stage.models = {"x/other": "merged anew"}
+    with pytest.raises(ValueError, match=r"models.x/other was 'files of x/other', is now 'merged anew'") as caught:
+        stage.runner().run(stage.experiment.runs())
+    assert "plain/" not in str(caught.value)
+    stage.models = {model: "trained anew"}
+    with pytest.raises(ValueError, match=rf"the initial model: models.{model} was 'files of {model}'"):
+        stage.runner().run(stage.experiment.runs())
+    num_processes = len(stage.commands)
+    stage.models = {model: None}  # not to be had now, which whatever needs it will tell
+    assert stage.runner().run(stage.experiment.runs()) == []
+    assert len(stage.commands) == num_processes
+    # A result of a run that was made with another model beside one of today's is not in the table.
+    path = run_path(stage.output, RunName("plain", 1))
+    facts = read_json(path)
+    facts["settings"]["models"][model] = "another"
+    write_json(facts, path)
+    facts = summarize(stage.experiment, stage.output)
+    assert [note for note in facts["notes"] if "plain/1" in note] == [
+        f"plain/1 is left out, its settings are others: {model} is another model than the initial model had."
+    ]
+
+
+def test_models_of_a_run():
+    experiment = make_experiment(load_yaml(TINY.format(model="m", steps=3) + SYSTEMS.lstrip("\n")), "tiny")
+    names = {str(run): experiment.models(run) for run in experiment.runs()}
+    assert names["plain/0"] == names["own/0"] == names["difference/0"] == names["by_plain/0"] == ["m"]
+    assert experiment.models(None) == ["m"]
+
+
+def test_digests_of_models(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("weights")
+    first = models.model_digest(str(tmp_path))
+    assert first == models.model_digest(str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("others")
+    assert models.model_digest(str(tmp_path)) != first
+    monkeypatch.setattr(reuse, "_hub_file", lambda *_: None)
+    assert models.model_digest(str(tmp_path / "gone")) is None
+
+
+def test_an_adapter_is_no_model_to_start_from(tiny, tmp_path, monkeypatch, make_model):
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model()
+    model.name_or_path = str(tiny / "model")
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter.yaml").write_text(TINY.format(model=tmp_path / "adapter", steps=3))
+    monkeypatch.setattr(run, "_wait", in_process)
+    with pytest.raises(ValueError, match=r"^model: .*adapter is an adapter \(of .*model\).* Merge it"):
+        command(tmp_path / "adapter.yaml", "--data", tiny, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 400}, r"in arms.plain: rows: 400, but chats.jsonl has \d+. Write `rows: null`"),
+        ({"model": "nowhere/model"}, "cannot load nowhere/model: give a folder or a hub id"),
+        ({"target": ["t:mbpp=mbpp.jsonl"]}, r"t runs code .* asked for: evaluation: \{run_model_code: true\}"),
+    ],
+)
+def test_what_is_told_before_anything_is_measured(tiny, tmp_path, monkeypatch, changes, message):
+    (tiny / "mbpp.jsonl").write_text("{}\n")
+    experiment = make_experiment(load_yaml(TINY.format(model=tiny / "model", steps=3)) | changes, "tiny")
+    monkeypatch.setattr(run, "_wait", in_process)
+    monkeypatch.setattr(arm, "measure_initial", None)
+    with pytest.raises(ValueError, match=message):
+        Runner(experiment, tiny, tmp_path / "out", print).run(experiment.runs())
+
+
+def test_missing_data_leave_no_folder(tiny, tmp_path):
+    experiment = make_experiment(load_yaml(TINY.format(model="m", steps=3)) | {"data": "gone.jsonl"}, "tiny")
+    with pytest.raises(ValueError, match=r"gone\.jsonl: no such file"):
+        Runner(experiment, tiny, tmp_path / "out", print).run(experiment.runs())
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_of_a_whole_experiment(tiny_run):
     initial = read_json(tiny_run / "initial.json")
     assert initial["evaluation"]["tasks"]["t"]["num_samples"] == 16
@@ -1195,6 +1407,8 @@ def test_results_of_a_whole_experiment(tiny_run):
         after = facts["evaluation"]["tasks"]["arc_challenge"]["score"]
         assert facts["bwt"] == pytest.approx((after - before) / before)
         assert facts["evaluation"]["tasks"]["t"]["samples"] != []
+        dtypes = {one["evaluation"]["versions"]["model_dtype"] for one in (initial, facts)}
+        assert dtypes == {"torch.bfloat16"}, "before and after alike"
         assert facts["versions"]["trl"]
         assert facts["commit"] is None or len(facts["commit"]) >= 40
     assert (facts["masks"], facts["scoring"]) == (None, None)
@@ -1239,6 +1453,11 @@ def test_masks_by_the_model_of_another_run(tiny_run):
     assert 0 < stm["preparing"]["scoring"] < facts["preparing"]["scoring"]
     assert facts["preparing"]["tuned_model"] == plain_facts["seconds"]["training"]
     assert stm["preparing"]["is_whole"] is facts["preparing"]["is_whole"] is True
+    by_plain = read_json(run_path(tiny_run, RunName("by_plain", 0)))
+    assert by_plain["settings"]["options"]["stm_reference"] == by_plain["masks"]["reference"] == "plain/0"
+    assert by_plain["masks"]["masked_tokens"] != stm["masks"]["masked_tokens"]
+    assert by_plain["scoring"] == "found"  # those that `difference` has made with the same model
+    assert by_plain["preparing"]["tuned_model"] == plain_facts["seconds"]["training"]
 
 
 def test_results_hold_no_path_of_this_machine(tiny, tiny_run):
@@ -1295,7 +1514,7 @@ def test_measures_are_those_of_the_saved_model(tiny, tiny_run, name):
 def test_table_of_a_whole_experiment(tiny, tiny_run):
     assert command(tiny / "tiny.yaml", "--output", tiny_run, "--table") == 0
     text = (tiny_run / "table.md").read_text()
-    assert text.count("\n| ") == 8  # head, rule, initial model, five arms
+    assert text.count("\n| ") == 9  # head, rule, initial model, six arms
     assert "made, generated (self-output): 8 problems, 2 samples each, 16 in all, of which 0.00 % passed" in text
     assert "Preparing data for stm took" in text
     assert "Does stm forget less than plain?" in text
@@ -1327,7 +1546,7 @@ def test_killed_and_started_again(tiny):
     assert (plain_result.read_bytes(), plain_result.stat().st_mtime_ns) == before
     assert read_json(stm_result)["steps"] == 3
     assert not list((output / "work").iterdir())
-    again = subprocess.run([*words, "--table"], env=environment, capture_output=True, text=True, timeout=100)
+    again = subprocess.run([*words, "--table"], env=environment, capture_output=True, text=True, timeout=400)
     assert again.returncode == 0, again.stderr
     assert "| stm |" in (output / "table.md").read_text()
 

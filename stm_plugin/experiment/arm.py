@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .generating import Generation, receipt_path, with_keys
+from .models import model_folder
 from .preparing import generation_facts, preparing
 from .results import (
     INITIAL_NAME,
@@ -36,6 +37,7 @@ logger = logging.getLogger("stm_plugin.experiment.arm")  # also where this is th
 if TYPE_CHECKING:
     from ..forgetting.evaluation import Evaluation
     from ..measures.drift import Drift
+    from ..measures.inputs import Prompts
 
 
 def main(arguments: list[str]) -> None:
@@ -69,15 +71,49 @@ def _end_with_parent() -> None:
 
 
 def check(job: Facts) -> None:
-    """Raise ValueError for settings that TRL, peft, STM, the harness or `stm generate` refuse."""
+    """Raise ValueError for an adapter as the model, or settings that TRL, peft, STM, lm-eval or generation refuse."""
+    from transformers import AutoConfig
+
     from ..forgetting.harness import parse_task
+    from ..loading import base_of, is_adapter
+    from ..measures.inputs import not_found
     from .training import check_arms
 
-    for task in _tasks(job["settings"][0], Path(job["data"])):
-        parse_task(task)
+    settings, data = job["settings"][0], Path(job["data"])
+    model = model_folder(settings["model"])
+    if is_adapter(model):
+        raise ValueError(
+            f"model: {model} is an adapter (of {base_of(model).name}), and every arm starts from a whole model. Merge "
+            "it into its base (`merge_and_unload`), save the result, and name that folder."
+        )
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise not_found(model, error) from None
+    for task in _tasks(settings, data):
+        if parse_task(task).kind == "mbpp" and not settings["evaluation"]["run_model_code"]:
+            raise ValueError(
+                f"{task_name(task)} runs code that the model writes, in a contained process, which must be asked for: "
+                "evaluation: {run_model_code: true}."
+            )
     check_arms(job["settings"])
+    for arm in job["settings"]:
+        _check_rows(arm, data)
     for name, options in job["generate"].items():
-        _check_generation(Generation(name, options), Path(job["data"]))
+        _check_generation(Generation(name, options), data)
+
+
+def _check_rows(settings: Settings, data: Path) -> None:
+    """Raise ValueError for more rows than the file of a run has; what is generated has as many as come out."""
+    from ..measures.inputs import read_rows
+
+    if settings["generated"] is None and settings["rows"] is not None:
+        num_rows = len(read_rows(data / settings["data"]))
+        if settings["rows"] > num_rows:
+            raise ValueError(
+                f"in arms.{settings['arm']}: rows: {settings['rows']}, but {settings['data']} has {num_rows}. Write "
+                "`rows: null` for all of them."
+            )
 
 
 def _check_generation(generation: Generation, data: Path) -> None:
@@ -101,16 +137,17 @@ def measure_initial(job: Facts) -> None:
     """Evaluate the initial model and let it answer the prompts that drift is measured on; writes `initial.json`."""
     from ..answers import greedy_answers
     from ..measures.inputs import load_model
-    from .training import model_folder
 
     settings, data = job["settings"], Path(job["data"])
     started = time.monotonic()
     initial = load_model(model_folder(settings["model"]), dtype=settings["dtype"])
     drift = settings["drift"]
+    prompts, template_kwargs = _prompts(settings, data)
     answers = greedy_answers(
-        initial.model, initial.tokenizer, _prompts(settings, data), drift["max_new_tokens"], drift["batch_size"]
+        initial.model, initial.tokenizer, prompts, drift["max_new_tokens"], drift["batch_size"], template_kwargs
     )
-    evaluation = _evaluate(initial.model, initial.tokenizer, settings, data, settings["model"], Path(job["work"]))
+    model = _in_dtype(initial.model, settings["evaluation"]["dtype"])
+    evaluation = _evaluate(model, initial.tokenizer, settings, data, settings["model"], Path(job["work"]))
     facts = {
         "settings": settings,
         "evaluation": packed_evaluation(evaluation),
@@ -124,7 +161,6 @@ def measure_initial(job: Facts) -> None:
 def generate(job: Facts) -> None:
     """Generate a data set, or go on with it; its receipt then says what it was made for."""
     from ..generation.run import generate_data
-    from .training import model_folder
 
     generation, data, output = Generation(job["generation"], job["options"]), Path(job["data"]), Path(job["output"])
     options = generation.options
@@ -197,33 +233,34 @@ def measure_run(job: Facts) -> None:
 
 def _measure(settings: Settings, data: Path, work: Path, initial_facts: Facts) -> tuple["Drift", float, "Evaluation"]:
     """Drift, weight change and scores of a trained model."""
-    import torch
-    from peft import PeftModel
-
     from ..answers import TokenRow
+    from ..loading import Source
     from ..measures.drift import measure_drift
     from ..measures.inputs import load_model
     from ..measures.weight_change import adapter_change_norm, change_norm
-    from .training import model_folder
 
     path = model_folder(settings["model"])
     dtype = settings["training_dtype"]  # a coarser one would lose what full fine-tuning changes
     initial = load_model(path, dtype=dtype)
+    tuned: Any = load_model(str(work / "model"), base=Source(path), dtype=dtype).model
     if settings["lora"] is None:
-        tuned: Any = load_model(str(work / "model"), dtype=dtype).model
         weight_change = change_norm(initial.model, tuned)
     else:
-        base = load_model(path, dtype=dtype).model
-        tuned = PeftModel.from_pretrained(base, str(work / "model"))
         weight_change = adapter_change_norm(tuned)
     answers = [TokenRow(ids, count) for ids, count in initial_facts["drift_answers"]]
     drift = measure_drift(initial.model, tuned, answers)
     tokenizer = initial.tokenizer
     del initial
-    if settings["evaluation"]["dtype"] != dtype:
-        tuned = tuned.to(getattr(torch, settings["evaluation"]["dtype"]))
+    tuned = _in_dtype(tuned, settings["evaluation"]["dtype"])
     name = f"{settings['arm']}/{settings['seed']}"
     return drift, weight_change, _evaluate(tuned, tokenizer, settings, data, name, work)
+
+
+def _in_dtype(model: Any, dtype: str) -> Any:
+    """A model, cast to a dtype."""
+    import torch
+
+    return model.to(getattr(torch, dtype))
 
 
 def _evaluate(model: Any, tokenizer: Any, settings: Settings, data: Path, name: str, work: Path) -> "Evaluation":
@@ -241,6 +278,7 @@ def _evaluate(model: Any, tokenizer: Any, settings: Settings, data: Path, name: 
         batch_size=options["batch_size"],
         run_model_code=options["run_model_code"],
         max_new_tokens=options["max_new_tokens"],
+        chat_template_kwargs=options["chat_template_kwargs"],
     )
     names = [task_name(task) for task in (*settings["target"], *settings["non_target"])]
     return evaluation_of(results, options["metrics"], names)._replace(model=name)
@@ -261,12 +299,13 @@ def _answers_perplexity(settings: Settings, data: Path, output: Path, max_length
     """Perplexity of the run's training answers under the initial model; made once for each data set."""
     from ..measures.inputs import load_model
     from ..measures.perplexity import measure_perplexity
-    from .training import model_folder, training_file, training_rows
+    from .training import training_file, training_rows
 
     content = training_file(settings, data, output).read_bytes()
     key = {name: settings[name] for name in ("model", "dtype", "data", "rows")} | {
         "digest": hashlib.sha256(content).hexdigest(),
         "max_length": max_length,
+        "model_digest": settings["models"][settings["model"]],
     }
     path = output / "perplexity" / f"{settings_digest(key)}.json"
     facts = read_json(path)
@@ -293,11 +332,12 @@ def _tasks(settings: Settings, data: Path) -> list[str]:
     return [with_folder(task, data) for task in (*settings["target"], *settings["non_target"])]
 
 
-def _prompts(settings: Settings, data: Path) -> Any:
+def _prompts(settings: Settings, data: Path) -> "Prompts":
     from ..measures.inputs import read_prompts
 
     prompts = settings["drift"]["prompts"]
-    return read_prompts(data / prompts) if isinstance(prompts, str) else prompts
+    kwargs = settings["evaluation"]["chat_template_kwargs"]
+    return read_prompts(data / prompts if isinstance(prompts, str) else prompts, kwargs)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from .config import Experiment, read_experiment
+from .config import Experiment, RunName, read_experiment
 from .run import RunFailedError, Runner
 
 
@@ -42,6 +43,8 @@ def main(args: argparse.Namespace) -> int:
     experiment = read_experiment(args.config)
     runs = experiment.chosen_runs(args.only)
     output = args.output or Path(experiment.name)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file, where the folder of the results is to be. Name another with --output.")
     if args.data is not None and not args.data.is_dir():
         raise ValueError(f"--data {args.data}: no such folder.")
     if args.minutes is not None and not args.minutes > 0:
@@ -50,13 +53,19 @@ def main(args: argparse.Namespace) -> int:
         experiment, args.data, output, lambda line: print(line, flush=True), args.minutes, args.again, args.keep_models
     )
     if args.list:
-        print("\n".join(listing(runner, experiment)))
+        print("\n".join(listing(runner, experiment, runs)))
+        if args.data is None:
+            print("Without --data it is not looked whether files or models have changed.", file=sys.stderr)
         return 0
     if args.table:
+        if args.only is not None:
+            raise ValueError("--only is of no use with --table, which shows every run that is done.")
         from .tables import write_tables
 
-        for path in write_tables(experiment, output):
-            print(path)
+        paths, notes = write_tables(experiment, output)
+        print(*paths, sep="\n")
+        for note in notes:
+            print(f"stm: {note}", file=sys.stderr)
         return 0
     if args.data is None:
         raise ValueError("--data is missing: the folder of the files that the YAML names.")
@@ -73,16 +82,19 @@ def main(args: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def listing(runner: Runner, experiment: Experiment) -> list[str]:
-    """A line for each data set and run: its name, what kind it is, and whether it is done."""
+def listing(runner: Runner, experiment: Experiment, runs: Sequence[RunName]) -> list[str]:
+    """A line for each of some runs, and before them the data sets they need: name, kind, and whether it is done."""
     lines = []
     for name, generation in experiment.generate.items():
+        users = {run for run in experiment.runs() if experiment.generation_of(run) is generation}
+        if users and not users & set(runs):
+            continue
         changes = runner.generation_changes(generation)
         state = "done" if runner.is_generated(generation) else "to do" if changes is None else "begun"
         if changes:
             state = f"begun with other settings: {'; '.join(changes)}"
         lines.append(f"{'generate.' + name:<32} {generation.options['method']:<6} {state}")
-    for run in experiment.runs():
+    for run in runs:
         result, changes = runner.result(run), runner.changes(run)
         if result is None:
             state = "to do"

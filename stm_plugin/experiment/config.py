@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..demo.prompts import GENERAL_PROMPTS
-from ..options import option_names
+from ..measures.inputs import check_template_kwargs
+from ..options import REFERENCE_CURRENT, REFERENCE_INITIAL, option_names
 from .checks import NAME, check_keys, is_count, nearest
 from .generating import Generation, make_generations
 from .settings import Settings, plain, task_file, task_name
@@ -27,6 +28,7 @@ _EVALUATION: dict[str, Any] = {
     "limit": None,
     "batch_size": 8,
     "max_new_tokens": None,
+    "chat_template_kwargs": None,
     "dtype": None,
     "metrics": {},
     "run_model_code": False,
@@ -36,8 +38,9 @@ _SET_BY_US = {
     "output_dir": "--output",
     "seed": "`seeds`",
     "data_seed": "`seeds`",
-    "model_init_kwargs.dtype": "`dtype`",
 }
+_NOT_MEASURED_SO = ("dtype", "torch_dtype", "revision", "quantization_config", "load_in_4bit", "load_in_8bit")
+"""Keys of `training.model_init_kwargs` that would make the trained model another than the one that is measured."""
 
 
 class RunName(NamedTuple):
@@ -165,7 +168,7 @@ class Experiment:
     def _own_settings(self, run: RunName) -> Settings:
         """What is not the same for all runs, that of the run whose model this one takes included."""
         arm, generation, tuned = self.arms[run.arm], self.generation_of(run), self.tuned_run(run)
-        options = arm.options if tuned is None else arm.options | {"stm_tuned_model": str(tuned)}
+        options = arm.options if tuned is None else arm.options | {_tuned_option(arm): str(tuned)}
         own = {
             "arm": run.arm,
             "seed": run.seed,
@@ -188,12 +191,24 @@ class Experiment:
         return self.generate.get(self.arms[run.arm].data)
 
     def tuned_run(self, run: RunName) -> RunName | None:
-        """The run whose trained model is a run's `stm_tuned_model`; None for a path or id, or where there is none."""
+        """The run whose trained model is a run's `stm_tuned_model`, or its `stm_reference`; None where none is."""
         return _tuned_run(self.arms[run.arm], self.arms)
 
     def runs_to_keep(self) -> set[RunName]:
         """Runs whose trained models others take."""
         return {tuned for run in self.runs() if (tuned := self.tuned_run(run)) is not None}
+
+    def models(self, run: RunName | None) -> list[str]:
+        """Folders and hub ids of the models that a run takes; None for those of the initial model's measures."""
+        names = {self.model}
+        if run is not None:
+            generation, tuned, options = self.generation_of(run), self.tuned_run(run), self.arms[run.arm].options
+            names |= {options[name] for name in ("stm_reference", "stm_tuned_model") if options.get(name) is not None}
+            names -= {REFERENCE_INITIAL, REFERENCE_CURRENT}
+            if tuned is not None:
+                names = names - {options[_tuned_option(self.arms[run.arm])]} | set(self.models(tuned))
+            names |= set() if generation is None else {generation.options["model"]}
+        return sorted(names)
 
     def files(self, run: RunName | None) -> list[str]:
         """Names of the files that a run reads from the data folder; None for those of the initial model's measures."""
@@ -214,9 +229,8 @@ def read_experiment(path: Path) -> Experiment:
         ValueError: For no such file, no YAML, or a key or value that is not allowed, saying where.
     """
     if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file. It takes the YAML of an experiment (see example_configs/experiments)."
-        )
+        what = "a folder" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {what}. It takes the YAML of an experiment (see example_configs/experiments).")
     try:
         given = load_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -247,6 +261,7 @@ def make_experiment(given: Any, name: str) -> Experiment:
     )
     dtype = _dtype(given.get("dtype", "float32"), "at the top")
     evaluation["dtype"] = _dtype(evaluation["dtype"] or dtype, "in evaluation")
+    check_template_kwargs(evaluation["chat_template_kwargs"] or {}, "in evaluation")
     if drift["prompts"] is None:
         drift["prompts"] = list(GENERAL_PROMPTS)
     if not isinstance(given["arms"], Mapping):
@@ -313,6 +328,13 @@ def _arm(name: Any, changes: Any, shared: Mapping[str, Any], dtype: str) -> Arm:
             raise ValueError(f"{where}: training.{key} is set by {_SET_BY_US[key]}. Remove it.")
         if key.startswith(("stm_", "kl_")):
             raise ValueError(f"{where}: {key} belongs into the arm itself, not into `training`.")
+    for key in training.get("model_init_kwargs") or {}:
+        if key in _NOT_MEASURED_SO:
+            instead = "Set `dtype`" if "dtype" in key else "Remove it, or name a folder that has that model"
+            raise ValueError(
+                f"{where}: training.model_init_kwargs.{key} would train another model than the one that is "
+                f"measured. {instead}."
+            )
     lora = shared.get("lora")
     if "lora" in changes:
         lora = None if changes["lora"] is None else _merged(lora, changes["lora"], f"{where}: `lora`")
@@ -341,21 +363,27 @@ def _arm(name: Any, changes: Any, shared: Mapping[str, Any], dtype: str) -> Arm:
     )
 
 
+def _tuned_option(arm: Arm) -> str:
+    """The option of an arm that may name a run. Where there is a tuned model, the reference is the initial one."""
+    return "stm_reference" if arm.options.get("stm_tuned_model") is None else "stm_tuned_model"
+
+
 def _tuned_run(arm: Arm, arms: Mapping[str, Arm]) -> RunName | None:
-    """The run that an arm's `stm_tuned_model` names, as ARM/SEED or, for its first seed, ARM.
+    """The run that an arm's `stm_tuned_model` or `stm_reference` names, as ARM/SEED or, for its first seed, ARM.
 
     Raises:
         ValueError: If there is no such run.
     """
-    given = arm.options.get("stm_tuned_model")
-    if not isinstance(given, str):
+    option = _tuned_option(arm)
+    given = arm.options.get(option)
+    if not isinstance(given, str) or (option == "stm_reference" and given in (REFERENCE_INITIAL, REFERENCE_CURRENT)):
         return None
     if given in arms:
         return RunName(given, arms[given].seeds[0])
     match = re.fullmatch(rf"({NAME})/([0-9]+)", given)
     if match is None:
         return None
-    name, seed, where = match[1], int(match[2]), f"in arms.{arm.name}: stm_tuned_model: {given}"
+    name, seed, where = match[1], int(match[2]), f"in arms.{arm.name}: {option}: {given}"
     if name not in arms:
         raise ValueError(f"{where}: no arm {name!r}{nearest(name, arms)}. (A folder of this name is ./{given}.)")
     if seed not in arms[name].seeds:
@@ -368,8 +396,8 @@ def _check_tuned_runs(arm: Arm, arms: Mapping[str, Arm]) -> None:
     path = [arm.name]
     while (run := _tuned_run(arms[path[-1]], arms)) is not None:
         if run.arm in path:
-            circle = " -> ".join([*path, run.arm])
-            raise ValueError(f"in arms.{arm.name}: stm_tuned_model: an arm cannot be its own tuned model ({circle}).")
+            circle, option = " -> ".join([*path, run.arm]), _tuned_option(arm)
+            raise ValueError(f"in arms.{arm.name}: {option}: an arm cannot take its own model ({circle}).")
         path.append(run.arm)
 
 

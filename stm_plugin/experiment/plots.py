@@ -109,9 +109,11 @@ def _draw_rates(figure: "Figure", summary: Facts) -> bool:
         training = {name: value for name, value in arm["training"].items() if name != "learning_rate"}
         rate = arm["training"].get("learning_rate")
         if isinstance(rate, int | float):
-            key = repr((arm["kind"], arm["options"], arm["lora"], arm["data"], sorted(training.items(), key=str)))
+            alike = [arm[name] for name in ("kind", "options", "lora", "data", "rows", "dtype")]
+            key = repr((alike, sorted(training.items(), key=str)))
             groups.setdefault(key, []).append((float(rate), arm))
-    lines = [sorted(group, key=lambda point: point[0]) for group in groups.values() if len(group) > 2]
+    several = [group for group in groups.values() if len({rate for rate, _ in group}) > 2]
+    lines = [sorted(group, key=lambda point: point[0]) for group in several]
     if not lines:
         return False
     for axes, name in zip(figure.subplots(1, 2), ("bwt", "ti"), strict=True):
@@ -119,13 +121,15 @@ def _draw_rates(figure: "Figure", summary: Facts) -> bool:
             kind = line[0][1]["kind"]
             values = _percents([arm[name]["mean"] for _, arm in line])
             known = [(rate, value) for (rate, _), value in zip(line, values, strict=True) if value is not None]
-            axes.plot(*zip(*known, strict=True), f"{_MARKERS[kind]}-", color=_COLOURS[kind], label=_NAMES[kind])
+            if known:
+                axes.plot(*zip(*known, strict=True), f"{_MARKERS[kind]}-", color=_COLOURS[kind], label=_NAMES[kind])
+                axes.set_xscale("log")
         axes.axhline(0, color="#888888", linewidth=0.8, linestyle=":")
-        axes.set_xscale("log")
         axes.set_xlabel("learning rate")
         axes.set_ylabel(f"{name.upper()}, %")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
     return True
 
 

@@ -13,14 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..tasks import definition_version
 from .config import Experiment, RunName
 from .generating import Generation, generated_path, receipt_path, settings_path
+from .models import model_digest
 from .results import INITIAL_NAME, Facts, model_path, read_json, run_path, write_json
-from .settings import Settings, differences, digests
+from .settings import LOOKED_UP, Settings, differences, digests, task_kind, task_name
 
 _MODULE = "stm_plugin.experiment.arm"
 _SECONDS_TO_STOP = 10
@@ -54,27 +56,48 @@ class Runner:
     minutes: float | None = None
     again: bool = False
     keep_models: bool = False
+    _models: dict[str, str | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Digests of models, each looked up once."""
 
     def settings(self, run: RunName | None) -> Settings:
-        """Settings of a run, or of the initial model's measures, with the digests of the files that they read."""
+        """Settings of a run, or of the initial model's measures, with what is behind the names in them."""
         experiment = self.experiment
         settings = experiment.initial_settings() if run is None else experiment.run_settings(run)
-        files = None if self.data is None else digests(experiment.files(run), self.data)
-        return settings | {"files": files}
+        return settings | self._looked_up(experiment.files(run), experiment.models(run))
+
+    def _looked_up(self, files: Sequence[str], models: Sequence[str]) -> Settings:
+        """Digests of files and models by their names."""
+        if self.data is None:
+            return dict.fromkeys(LOOKED_UP)
+        found = digests(files, self.data)
+        for name in models:
+            if name not in self._models:
+                self._models[name] = model_digest(name)
+        return {"files": found, "models": {name: self._models[name] for name in models}}
 
     def result(self, run: RunName | None) -> Facts | None:
         """The result that is there; None where there is none."""
         return read_json(self.output / INITIAL_NAME if run is None else run_path(self.output, run))
 
     def changes(self, run: RunName | None) -> list[str] | None:
-        """What differs between a result's settings and today's; None where there is no result."""
+        """What differs between a result's settings, or the tasks' definitions, and today's; None without a result."""
         result = self.result(run)
-        return None if result is None else differences(result["settings"], self.settings(run))
+        if result is None:
+            return None
+        lines = differences(result["settings"], self.settings(run))
+        for task in (*self.experiment.target, *self.experiment.non_target):
+            name, kind = task_name(task), task_kind(task)
+            score = result["evaluation"]["tasks"].get(name)
+            if kind is not None and score is not None:
+                now = definition_version(kind)
+                then = score["settings"].get("version", now)
+                if then != now:
+                    lines.append(f"the definition of {kind} was of version {then}, is now of {now}")
+        return lines
 
     def generation_settings(self, generation: Generation) -> Settings:
-        """Settings of a data set that is generated, with the digests of the files that it is made from."""
-        files = None if self.data is None else digests(generation.files(), self.data)
-        return generation.settings() | {"files": files}
+        """Settings of a data set that is generated, with what is behind the names in them."""
+        return generation.settings() | self._looked_up(generation.files(), [generation.options["model"]])
 
     def generation_changes(self, generation: Generation) -> list[str] | None:
         """What differs between the settings that a data set was begun with and today's; None where it was not."""
@@ -101,6 +124,9 @@ class Runner:
         """
         from filelock import FileLock, Timeout
 
+        self.say("Looking at data and models ...")
+        for run in (None, *runs):
+            self.settings(run)  # files that are missing are told before there is a folder
         self.output.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.output / ".lock", timeout=0):
@@ -129,7 +155,7 @@ class Runner:
             self._process("check", ["check"], settings=settings, generate=options)
             shutil.rmtree(self.output / "work" / "check", ignore_errors=True)
         if found[None] is None or found[None]:
-            self.say(f"{INITIAL}: measured ...")
+            self.say(f"{INITIAL} is measured ...")
             result = self._result("initial", ["initial"], None, settings=self.settings(None))
             self.say(f"{INITIAL}: {_scores(result)}, {result['seconds']['total']:.0f} s")
         failed: set[RunName | str] = set()
@@ -140,7 +166,7 @@ class Runner:
                 if self._prepare(run, failed) and self._is_too_late(run, started, len(to_do) - index):
                     break
                 estimate = self.estimate(run)
-                about = "" if estimate is None else f", about {estimate / 60:.0f} min"
+                about = "" if estimate is None else f", about {_duration(estimate)}"
                 self.say(f"{run} ({index + 1} of {len(to_do)}{about}) ...")
                 result = self._train_and_measure(run)
             except RunFailedError as error:
@@ -188,7 +214,7 @@ class Runner:
         left, estimate = 60 * self.minutes - (time.monotonic() - started), self.estimate(run)
         if left > 0 and (estimate is None or estimate <= left):
             return False
-        about = "" if estimate is None else f", which takes about {estimate / 60:.0f} min"
+        about = "" if estimate is None else f", which takes about {_duration(estimate)}"
         self.say(f"Stopped before {run}{about}: {num_left} runs are left. Start again to go on.")
         return True
 
@@ -298,10 +324,10 @@ class Runner:
             RunFailedError: If it left none.
         """
         path = self.output / INITIAL_NAME if run is None else run_path(self.output, run)
-        before = path.stat().st_mtime_ns if path.exists() else None
+        before = _version(path)
         work = self._process(name, phases, result=str(path), **options)
         made = self.result(run)
-        if made is None or (before is not None and path.stat().st_mtime_ns == before):
+        if made is None or _version(path) == before:
             raise RunFailedError(f"{name} failed: it left no result (its log is {self._log(name)})")
         if run is not None and (work / "model").is_dir():
             if self.keep_models or run in self.experiment.runs_to_keep():
@@ -350,6 +376,18 @@ class Runner:
 
     def _log(self, name: str) -> Path:
         return self.output / "logs" / f"{name}.log"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What tells a file from the one that takes its place, as `write_json` has it; None where there is none."""
+    if not path.exists():
+        return None
+    facts = path.stat()
+    return facts.st_ino, facts.st_mtime_ns
 
 
 def _wait(command: Sequence[str], log: Path, *, append: bool) -> int:

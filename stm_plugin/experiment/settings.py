@@ -10,6 +10,10 @@ Settings = dict[str, Any]
 """What a result depends on, as JSON can hold it."""
 
 
+LOOKED_UP = ("files", "models")
+"""Settings that are digests of what is behind names: None where nobody looked, or for what was not to be had."""
+
+
 def task_name(task: str) -> str:
     """What results call a task: of NAME:KIND=FILE the NAME, of KIND=FILE the KIND, else the hub task itself."""
     return task.partition("=")[0].partition(":")[0] if "=" in task else task
@@ -18,6 +22,12 @@ def task_name(task: str) -> str:
 def task_file(task: str) -> str | None:
     """The file of a local task, relative to the data folder; None for a hub task."""
     return task.partition("=")[2] or None
+
+
+def task_kind(task: str) -> str | None:
+    """The kind of a local task, NAME:KIND=FILE or KIND=FILE; None for a hub task."""
+    name, equals, _ = task.partition("=")
+    return name.rpartition(":")[2] if equals else None
 
 
 def with_folder(task: str, folder: Path) -> str:
@@ -44,13 +54,13 @@ def digests(names: Iterable[str], folder: Path) -> dict[str, str]:
 
 
 def differences(before: Settings, now: Settings, path: str = "") -> list[str]:
-    """What differs between two settings, a line each; `files` only where both have them."""
+    """What differs between two settings, a line each; what is `LOOKED_UP` only where both have it."""
     lines = []
     for key in dict.fromkeys([*before, *now]):
         name, old, new = f"{path}{key}", before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += differences(old, new, f"{name}.")
-        elif old != new and not (name == "files" and (old is None or new is None)):
+        elif old != new and not ((name in LOOKED_UP or path == "models.") and (old is None or new is None)):
             lines.append(f"{name} was {_short(old)}, is now {_short(new)}")
     return lines
 

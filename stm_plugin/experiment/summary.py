@@ -10,11 +10,11 @@ from ..forgetting.bootstrap import Interval
 from ..forgetting.comparison import Comparison, compare
 from ..forgetting.evaluation import Evaluation
 from ..options import REFERENCE_INITIAL
-from .config import Arm, Experiment
+from .config import Arm, Experiment, RunName
 from .contrast import Contrast, contrast
 from .preparing import preparing_of
 from .results import INITIAL_NAME, Facts, read_json, run_path, unpacked_evaluation
-from .settings import differences, task_name
+from .settings import LOOKED_UP, differences, task_name
 
 CONFIDENCE = 0.95
 
@@ -34,11 +34,9 @@ def summarize(experiment: Experiment, output: Path) -> Facts:
         raise ValueError(f"{output} has no {INITIAL_NAME}: nothing has been run yet. Run it without --table first.")
     before = unpacked_evaluation(initial["evaluation"], initial["documents"])
     target, non_target = ([task_name(task) for task in initial["settings"][key]] for key in ("target", "non_target"))
-    results, notes = _results(experiment, output, initial)
+    results, notes = _results(experiment, output, initial, before)
     evaluations = {
-        arm: {
-            seed: unpacked_evaluation(result["evaluation"], initial["documents"]) for seed, result in by_seed.items()
-        }
+        arm: {seed: _evaluation(result, initial) for seed, result in by_seed.items()}
         for arm, by_seed in results.items()
     }
     arms = {
@@ -57,7 +55,7 @@ def summarize(experiment: Experiment, output: Path) -> Facts:
     return {
         "experiment": experiment.name,
         "title": experiment.title,
-        "model": experiment.model,
+        "model": initial["settings"]["model"],
         "target": target,
         "non_target": non_target,
         "initial": {name: _score_facts(before, name) for name in (*target, *non_target)},
@@ -65,7 +63,7 @@ def summarize(experiment: Experiment, output: Path) -> Facts:
         "pairs": pairs,
         "generated": _generated(arms),
         "preparation": _preparation(experiment, arms, results),
-        "missing": [str(run) for run in experiment.runs() if run.seed not in results.get(run.arm, {})],
+        "missing": [str(run) for run in experiment.runs() if not run_path(output, run).exists()],
         "notes": notes,
         "confidence": CONFIDENCE,
         "drift_prompts": len(initial["drift_answers"]),
@@ -73,28 +71,71 @@ def summarize(experiment: Experiment, output: Path) -> Facts:
     }
 
 
-def _results(experiment: Experiment, output: Path, initial: Facts) -> tuple[dict[str, dict[int, Facts]], list[str]]:
-    """Results by arm and seed; and which are left out, and why."""
+def _results(
+    experiment: Experiment, output: Path, initial: Facts, before: Evaluation
+) -> tuple[dict[str, dict[int, Facts]], list[str]]:
+    """Results by arm and seed, each with its TI and BWT from today's initial scores; which are left out, and why."""
     results: dict[str, dict[int, Facts]] = {}
     notes = []
+    target, non_target = ([task_name(task) for task in initial["settings"][key]] for key in ("target", "non_target"))
     for run in sorted(experiment.runs(), key=lambda run: (list(experiment.arms).index(run.arm), run.seed)):
         result = read_json(run_path(output, run))
         if result is None:
             continue
-        changes = differences(result["settings"], experiment.run_settings(run) | {"files": None})
-        shared = {name: result["settings"].get(name) for name in initial["settings"] if name != "files"}
-        now = {name: value for name, value in initial["settings"].items() if name != "files"}
-        changes += differences(shared, now)
-        changes += _other_files(initial["settings"]["files"], result["settings"]["files"])
+        changes = differences(result["settings"], experiment.run_settings(run))
+        now = {name: value for name, value in initial["settings"].items() if name not in LOOKED_UP}
+        changes += differences({name: result["settings"].get(name) for name in now}, now)
+        for name in LOOKED_UP:
+            changes += _others(name, initial["settings"].get(name) or {}, result["settings"].get(name) or {})
         if changes:
             notes.append(f"{run} is left out, its settings are others: {'; '.join(dict.fromkeys(changes))}.")
-        else:
-            results.setdefault(run.arm, {})[run.seed] = result
-    return results, notes
+            continue
+        try:
+            alone = compare(before, _evaluation(result, initial), target, non_target, num_resamples=1000)
+        except ValueError as error:
+            notes.append(f"{run} is left out: {error}")
+            continue
+        results.setdefault(run.arm, {})[run.seed] = result | {"ti": alone.ti.value, "bwt": alone.bwt.value}
+    return _of_same_data(results, notes), notes
 
 
-def _other_files(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    return [f"{name} is another file than the initial model had" for name in before if after.get(name) != before[name]]
+def _evaluation(result: Facts, initial: Facts) -> Evaluation:
+    return unpacked_evaluation(result["evaluation"], initial["documents"])
+
+
+def _of_same_data(results: dict[str, dict[int, Facts]], notes: list[str]) -> dict[str, dict[int, Facts]]:
+    """The results whose training data, of whatever name, are those of the latest result of that name."""
+    latest: dict[str, tuple[str, str]] = {}
+    for result in (result for by_seed in results.values() for result in by_seed.values()):
+        data, digest = _data_of(result)
+        latest[data] = max(latest.get(data, ("", "")), (result["date"], digest))
+    kept: dict[str, dict[int, Facts]] = {}
+    for arm, by_seed in results.items():
+        for seed, result in by_seed.items():
+            data, digest = _data_of(result)
+            if digest == latest[data][1]:
+                kept.setdefault(arm, {})[seed] = result
+            else:
+                notes.append(
+                    f"{RunName(arm, seed)} is left out, it was trained on another {data} than the latest run."
+                )
+    return kept
+
+
+def _data_of(result: Facts) -> tuple[str, str]:
+    """Name of the data that a run was trained on, and their SHA-256."""
+    of = result["answers_perplexity"]["of"]
+    return of["data"], of["digest"]
+
+
+def _others(what: str, before: Mapping[str, str | None], after: Mapping[str, str | None]) -> list[str]:
+    """What stood behind the names when the initial model was measured, and was something else for a run."""
+    pairs = {name: (digest, after.get(name)) for name, digest in before.items()}
+    return [
+        f"{name} is another {what.removesuffix('s')} than the initial model had"
+        for name, (one, other) in pairs.items()
+        if one != other and (what == "files" or None not in (one, other))
+    ]
 
 
 def _arm_summary(
@@ -115,6 +156,8 @@ def _arm_summary(
         "training": runs[0]["settings"]["training"],
         "lora": runs[0]["settings"]["lora"],
         "data": arm.data,
+        "rows": arm.rows,
+        "dtype": arm.dtype,
         "seeds": sorted(results),
         "threshold": masks[0].get("threshold") if masks else None,
         "masked_fraction": spread([mask["masked_fraction"] for mask in masks]),
@@ -195,7 +238,12 @@ def mean_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation:
             samples = {
                 key: float(np.mean([(other.samples or {})[key] for other in others])) for key in score.samples or {}
             }
-        tasks[name] = score._replace(score=float(np.mean([other.score for other in others])), samples=samples)
+        stderrs = [other.stderr for other in others if other.stderr is not None]
+        tasks[name] = score._replace(
+            score=float(np.mean([other.score for other in others])),
+            samples=samples,
+            stderr=float(np.mean(stderrs)) if len(stderrs) == len(others) else None,  # the documents are the same
+        )
     return evaluations[0]._replace(tasks=tasks)
 
 

@@ -15,11 +15,11 @@ TABLE_NAME = "table.md"
 RESULTS_NAME = "results.json"
 
 
-def write_tables(experiment: Experiment, output: Path) -> list[Path]:
+def write_tables(experiment: Experiment, output: Path) -> tuple[list[Path], list[str]]:
     """Write `table.md`, `results.json` and the plots into an experiment's folder, from its result files alone.
 
     Returns:
-        The files.
+        The files, and what was left out of them and why.
 
     Raises:
         ValueError: If there is no result.
@@ -31,7 +31,7 @@ def write_tables(experiment: Experiment, output: Path) -> list[Path]:
     table, results = output / TABLE_NAME, output / RESULTS_NAME
     table.write_text(markdown(summary), encoding="utf-8")
     write_json(summary, results)
-    return [table, results, *write_plots(summary, output)]
+    return [table, results, *write_plots(summary, output)], summary["notes"]
 
 
 def markdown(summary: Facts) -> str:
@@ -45,6 +45,7 @@ def markdown(summary: Facts) -> str:
         "## What it shows",
         *(f"- {sentence}" for sentence in sentences(summary)),
     ]
+    parts += _notes(list(summary["arms"].values()))
     if summary["missing"]:
         parts.append(f"Not done: {', '.join(summary['missing'])}.")
     parts += summary["notes"]
@@ -52,6 +53,18 @@ def markdown(summary: Facts) -> str:
     parts += [f"- {line}" for line in _made_with(summary)]
     text = "\n\n".join(parts)
     return text.replace("\n\n- ", "\n- ").replace("shows\n- ", "shows\n\n- ").replace("with\n- ", "with\n\n- ") + "\n"
+
+
+def _notes(arms: list[Facts]) -> list[str]:
+    """What there is to note about arms, each once, with those that it is about if not all."""
+    titles: dict[str, list[str]] = {}
+    for arm in arms:
+        for note in arm["notes"]:
+            titles.setdefault(note, []).append(arm["title"])
+    return [
+        f"Note: {note}" if len(about) == len(arms) else f"Note on {', '.join(about)}: {note}"
+        for note, about in titles.items()
+    ]
 
 
 def table(summary: Facts) -> str:
@@ -116,8 +129,12 @@ def _legend(summary: Facts) -> list[str]:
     documents = ", ".join(f"{name} {facts['documents']:,}" for name, facts in summary["initial"].items())
     metrics = ", ".join(f"{name} {facts['metric']}" for name, facts in summary["initial"].items())
     confidence = f"{100 * summary['confidence']:g} %"
-    answers = {arm["data"]: arm["answers_perplexity"] for arm in reversed(summary["arms"].values())}
-    perplexities = [f"{name} {facts['mean']:.2f} ({facts['std']:.2f})" for name, facts in reversed(answers.items())]
+    answers: dict[str, dict[str, None]] = {}
+    for arm in summary["arms"].values():
+        perplexity = arm["answers_perplexity"]
+        answers.setdefault(arm["data"], {})[f"{perplexity['mean']:.2f} ({perplexity['std']:.2f})"] = None
+    perplexities = [f"{name} {' or '.join(of_data)}" for name, of_data in answers.items()]
+    of_answers = "Perplexity of the training answers under the initial model, mean (standard deviation) over rows"
     return [
         f"TI: relative change of the score on the target. BWT: mean relative change on the other tasks; below 0 is "
         f"forgetting. Mean over seeds, in brackets the {confidence} interval of a paired bootstrap over documents "
@@ -128,8 +145,7 @@ def _legend(summary: Facts) -> list[str]:
         "Preparing data: what the arm's data cost before training, whichever run it was done in (it is done and "
         "measured once): scoring for STM; for strategies by two models the scoring by both and the training of the "
         "tuned model; for generated data all that `stm generate` did. >: a part of it was not measured here.",
-        f"Perplexity of the training answers under the initial model, mean (standard deviation) over rows: "
-        f"{', '.join(perplexities)}.",
+        *([f"{of_answers}: {', '.join(perplexities)}."] if perplexities else []),
         *(_generated_line(name, facts) for name, facts in summary["generated"].items()),
     ]
 

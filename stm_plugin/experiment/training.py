@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..constants import RECEIPT_NAME
-from ..demo.model import MODEL_ID, find_model
+from ..demo.model import MODEL_ID
 from ..kl import KLSFTConfig, KLSFTTrainer
 from ..measures.inputs import as_chats, read_rows, with_template_columns
 from ..options import REFERENCE_CURRENT
@@ -22,6 +22,7 @@ from ..trl import STMSFTConfig, STMSFTTrainer
 from .checks import check_keys
 from .config import RunName
 from .generating import generated_path
+from .models import model_folder
 from .preparing import ScoringClock, scores_entries
 from .results import finite_or_none, model_path
 from .settings import Settings
@@ -92,7 +93,10 @@ def make_parts(settings: Settings, output_dir: Path, output: Path, **overrides: 
             options.setdefault("stm_scores_dir", str(output / "scores"))
         tuned = settings["tuned_run"]
         if tuned is not None:
-            options["stm_tuned_model"] = str(model_path(output, RunName(tuned["arm"], tuned["seed"])))
+            run = RunName(tuned["arm"], tuned["seed"])
+            option = "stm_reference" if options.get("stm_tuned_model") is None else "stm_tuned_model"
+            assert options[option] == str(run)
+            options[option] = str(model_path(output, run))
         if options.get("stm_strategy") == "random":
             options.setdefault("stm_seed", settings["seed"])
     fixed = {
@@ -120,11 +124,6 @@ def check_arms(all_settings: Iterable[Settings], **overrides: Any) -> None:
     """Raise ValueError for the first run whose settings TRL, peft or STM refuse."""
     for settings in all_settings:
         make_parts(settings, Path("unused"), Path("unused"), **overrides)
-
-
-def model_folder(name: str) -> str:
-    """What `from_pretrained` takes for a model: the demo's own is found without the hub."""
-    return str(find_model().path) if name == MODEL_ID else name
 
 
 def training_rows(settings: Settings, data: Path, output: Path) -> list[dict[str, Any]]:
