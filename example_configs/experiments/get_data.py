@@ -4,8 +4,8 @@ Run: python get_data.py DATA
 Prompts: those of the authors' published MBPP and GSM8K data (arXiv 2501.14315).
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 MBPP_PROMPT = """\
@@ -75,4 +75,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description="Write the data of these experiments as JSON lines.")
+    parser.add_argument("folder", metavar="DATA", help="the folder to write; it is made")
+    main(parser.parse_args().folder)
