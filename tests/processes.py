@@ -19,7 +19,7 @@ from trl_helpers import (
     threshold_between,
 )
 
-TIMEOUT = 300
+TIMEOUT = 900
 
 
 def saved_llama(folder, tokenizer, **settings):

@@ -471,7 +471,8 @@ def files_below(folder: Path):
 
 
 @pytest.mark.parametrize("view", ["as it is", "shuffle", "some rows, repeated"])
-def test_a_loaded_data_set_gets_no_cache_file(make_dataset, datasets, tmp_path, view):
+def test_a_loaded_data_set_gets_no_cache_file(make_dataset, datasets, tmp_path, view, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")  # the real one is others' too
     folder = tmp_path / "prepared"
     VIEWS[view](make_dataset()).save_to_disk(folder)
     dataset = datasets.load_from_disk(folder)

@@ -160,7 +160,11 @@ def test_gradient_is_the_naive_one(tmp_path, make_model, tokenizer, estimator, p
     for step, gradients in enumerate(trainer.gradients):
         batches = trainer.batches[2 * step : 2 * step + 2]
         expected = naive_gradient(trainer.policies[step], initial, batches, 0.7, estimator)
-        tolerance = 1e-4 if peft and "init_lora_weights" in peft else TOLERANCE  # PiSSA's split rounds the weights
+        tolerance = TOLERANCE
+        if estimator == "k3":  # its exponential of a float32 ratio: 0.4e-5 with AVX-512, 1.4e-5 with AVX2
+            tolerance = 3e-5
+        if peft and "init_lora_weights" in peft:  # PiSSA's split rounds the weights
+            tolerance = 1e-4
         assert_same(gradients, expected, tolerance)
     plain = naive_gradient(trainer.policies[2], initial, batches, 0.0, estimator)
     with pytest.raises(AssertionError):

@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stm_plugin.scoring.documents import Documents
 from stm_plugin.scoring.plan import ScorePlan
-
-examples = settings(deadline=None, max_examples=100, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 # Few ids and short documents, so that equal documents and equal lengths are common.
 position = st.tuples(st.integers(0, 2), st.booleans())
@@ -54,7 +52,6 @@ def context(labels):
     return max(t for t, label in enumerate(labels) if t > 0 and label != -100)
 
 
-@examples
 @given(data=data_set)
 def test_each_different_document_is_planned_once_longest_first(data):
     plan = ScorePlan.of(documents_of(data))
@@ -68,7 +65,6 @@ def test_each_different_document_is_planned_once_longest_first(data):
     assert plan.num_scores == sum(sizes)
 
 
-@examples
 @given(data=data_set, order=st.randoms(use_true_random=False), cuts=st.lists(st.integers(1, 4), min_size=1))
 def test_order_and_packing_of_rows_change_nothing(data, order, cuts):
     plain = ScorePlan.of(documents_of(data))
@@ -81,7 +77,6 @@ def test_order_and_packing_of_rows_change_nothing(data, order, cuts):
         assert other.batches(8) == plain.batches(8)
 
 
-@examples
 @given(data=data_set, cuts=st.lists(st.integers(1, 4), min_size=1))
 def test_spread_brings_each_score_to_its_token(data, cuts):
     documents = documents_of(data, cuts)
@@ -100,7 +95,6 @@ def test_spread_brings_each_score_to_its_token(data, cuts):
     assert len(expected) == documents.num_label_tokens
 
 
-@examples
 @given(data=data_set, budget=st.integers(1, 40))
 def test_batches_are_the_plan_cut_within_the_budget(data, budget):
     plan = ScorePlan.of(documents_of(data))

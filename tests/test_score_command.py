@@ -213,6 +213,11 @@ def test_a_missing_split_is_named(workplace):
         stm_score(data="splits")
 
 
+def test_a_missing_file_is_named(workplace):
+    with pytest.raises(ValueError, match=r"--dataset_name nowhere.jsonl: no such file"):
+        stm_score(data="nowhere.jsonl")
+
+
 def test_no_model_is_named(workplace):
     with pytest.raises(ValueError, match="No model: give --model_name_or_path"):
         main(["score", "--dataset_name", "chats.jsonl", *FLAGS])
@@ -257,7 +262,7 @@ def in_two_processes(module, *flags):
     environment = os.environ | {"STM_HOME": "two", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launch += ["-m", module]  # not by `accelerate launch --cpu`, which starts one process
-    done = subprocess.run([*launch, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*launch, *flags], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

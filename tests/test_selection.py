@@ -8,7 +8,7 @@ from collections import deque
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stm_plugin.selection import (
@@ -21,8 +21,6 @@ from stm_plugin.selection import (
 )
 
 LOG_2_5 = math.log(2.5)
-
-examples = settings(deadline=None, max_examples=100, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 # The oracles: one document at a time, one token at a time.
@@ -117,7 +115,6 @@ def data_set_and_threshold(draw):
 
 
 @pytest.mark.parametrize("strategy", ["high", "low", "random"])
-@examples
 @given(case=data_set_and_threshold(), seed=seeds)
 def test_select_masked_is_the_rule(strategy, case, seed):
     documents, threshold_nats = case
@@ -128,7 +125,6 @@ def test_select_masked_is_the_rule(strategy, case, seed):
 
 @pytest.mark.parametrize("strategy", ["high", "low", "random"])
 @pytest.mark.parametrize("with_candidates", [True, False])
-@examples
 @given(case=data_set_and_threshold(), seed=seeds)
 def test_effective_scores_say_which_thresholds_mask_a_token(strategy, with_candidates, case, seed):
     documents, threshold_nats = case
@@ -147,7 +143,6 @@ def test_effective_scores_say_which_thresholds_mask_a_token(strategy, with_candi
 
 
 @pytest.mark.parametrize("strategy", ["high", "low", "random"])
-@examples
 @given(case=data_set_and_threshold(), seed=seeds)
 def test_without_candidates_all_tokens_are(strategy, case, seed):
     documents, threshold_nats = case
@@ -157,7 +152,6 @@ def test_without_candidates_all_tokens_are(strategy, case, seed):
 
 
 @pytest.mark.parametrize("strategy", ["low", "random"])
-@examples
 @given(case=data_set_and_threshold(), seed=seeds)
 def test_controls_mask_as_many_in_each_document_and_spare_what_is_no_candidate(strategy, case, seed):
     documents, threshold_nats = case
@@ -171,7 +165,6 @@ def test_controls_mask_as_many_in_each_document_and_spare_what_is_no_candidate(s
 
 
 @pytest.mark.parametrize("strategy", ["high", "low", "random"])
-@examples
 @given(case=data_set_and_threshold(), seed=seeds, order=st.randoms(use_true_random=False))
 def test_a_document_is_masked_alike_wherever_it_stands(strategy, case, seed, order):
     documents, threshold_nats = case
@@ -289,7 +282,6 @@ def test_an_infinite_score_is_above_every_finite_threshold():
 # The share.
 
 
-@examples
 @given(
     nll=st.lists(score, min_size=1, max_size=40),
     fraction=st.one_of(
@@ -364,7 +356,6 @@ def labelled_row(draw):
     return labels, draw(st.lists(score, min_size=size, max_size=size))
 
 
-@examples
 @given(row=labelled_row(), threshold=st.sampled_from([1.0001, 1.5, 2.5, 10.0, math.inf]))
 def test_mask_labels_is_its_naive_equivalent(row, threshold):
     labels, nll = row
@@ -375,7 +366,6 @@ def test_mask_labels_is_its_naive_equivalent(row, threshold):
 
 
 @pytest.mark.parametrize("strategy", ["high", "low", "random"])
-@examples
 @given(row=labelled_row(), seed=seeds)
 def test_mask_labels_only_ever_removes(strategy, row, seed):
     labels, nll = row
@@ -386,7 +376,6 @@ def test_mask_labels_only_ever_removes(strategy, row, seed):
 
 
 @pytest.mark.parametrize("strategy", ["low", "random"])
-@examples
 @given(row=labelled_row(), seed=seeds)
 def test_mask_labels_is_select_masked_of_one_document(strategy, row, seed):
     labels, nll = row
