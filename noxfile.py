@@ -9,7 +9,8 @@ nox.options.sessions = ["lint", "pure", "trl", "axolotl-0.19"]
 STACKS = ["1.9", "1.16"]
 WITHOUT_TORCH = ["filelock>=3.12", "numpy>=1.26", "packaging>=23", "tqdm>=4.66", "xxhash>=3.4"]
 TEST_TOOLS = ["hypothesis>=6.120", "pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "pyyaml>=6"]
-PARALLEL = ["-n", "logical", "--dist", "loadfile"]  # one process a core; the tests of a file share their fixtures
+# One process a core, and no more than memory is likely to hold; the tests of a file share their fixtures.
+PARALLEL = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"]
 
 
 @nox.session(python="3.11")
