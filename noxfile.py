@@ -1,5 +1,8 @@
 """Checks and tests, each in an environment of its own. `nox -l` lists them."""
 
+import os
+import shutil
+
 import nox
 
 nox.options.default_venv_backend = "virtualenv"
@@ -27,7 +30,7 @@ def pure(session):
     """The tests that need neither torch nor a host."""
     session.install(*WITHOUT_TORCH, *TEST_TOOLS)
     session.install("--no-deps", ".")
-    session.run("pytest", *PARALLEL, *session.posargs)
+    run_tests(session)
 
 
 @nox.session(python="3.11")
@@ -35,7 +38,7 @@ def pure(session):
 def trl(session, stack):
     """All tests but the slow ones, against one TRL."""
     install_stack(session, stack)
-    session.run("pytest", "-m", "not slow", *PARALLEL, *session.posargs)
+    run_tests(session, "-m", "not slow")
 
 
 @nox.session(python="3.11")
@@ -74,7 +77,15 @@ def benchmark_axolotl(session):
 
 def test_axolotl(session, release):
     install_axolotl(session, release)
-    session.run("pytest", "-m", "not slow", "-k", "axolotl or example_configs", *PARALLEL, *session.posargs)
+    run_tests(session, "-m", "not slow", "-k", "axolotl or example_configs")
+
+
+def run_tests(session, *which):
+    try:
+        session.run("pytest", *which, *PARALLEL, *session.posargs)
+    finally:
+        if "REMOVE_ENVIRONMENTS" in os.environ:  # for a disk that does not hold all of them
+            shutil.rmtree(session.virtualenv.location)
 
 
 def install_axolotl(session, release):
