@@ -35,7 +35,12 @@ _INSIDE = "/sandbox"  # the throw-away folder as the code sees it, where it sees
 _OFFERED = ("processes", "network", "files", "disk space")  # what some systems can cut and others cannot
 _SYSTEM = "/usr /bin /sbin /lib /lib32 /lib64 /nix/store /gnu/store /etc/alternatives /etc/ld.so.cache /etc/localtime"
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-_SOCKET_SYSCALLS = {"x86_64": (0xC000003E, 41, 62), "aarch64": (0xC00000B7, 198, 129)}  # architecture, socket, kill
+_SYSCALLS = {  # architecture; socket; kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo
+    "x86_64": (0xC000003E, 41, (62, 200, 234, 129, 297)),
+    "aarch64": (0xC00000B7, 198, (129, 130, 131, 138, 240)),
+}
+_IO_URING_SETUP, _PIDFD_SEND_SIGNAL = 425, 424  # on both
+_AWAITED = (signal.SIGCHLD, signal.SIGALRM, signal.SIGTERM) if os.name == "posix" else ()  # by launcher and keeper
 
 
 class SandboxError(RuntimeError):
@@ -342,10 +347,6 @@ class _UnavailableError(Exception):
     """The kernel makes no namespaces for us."""
 
 
-class _StoppedError(Exception):
-    """The time is up, or the launcher was told to end."""
-
-
 def _main(arguments: list[str]) -> NoReturn:
     """Do as `_launch` asks, report, and exit."""
     num_limits = len(fields(Limits))
@@ -435,10 +436,12 @@ def _enter_namespaces(job: _Job) -> tuple[str, ...]:
                     file.write(text)
     except OSError as error:
         raise _UnavailableError(f"no namespaces: {error}") from error
+    _await_signals()
     keeper = os.fork()
     if keeper:
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(keeper, signal.SIGKILL))
-        os.waitpid(keeper, 0)  # which returns when all of its namespace have ended
+        while not os.waitpid(keeper, os.WNOHANG)[0]:  # it has ended when all of its namespace have
+            if signal.sigwait(_AWAITED) == signal.SIGTERM:
+                os.kill(keeper, signal.SIGKILL)
         os._exit(0)
     try:
         _prctl(1, signal.SIGKILL)
@@ -513,11 +516,13 @@ def _prepare_without_namespaces(job: _Job) -> tuple[str, ...]:
     _prctl(1, signal.SIGTERM)
     _prctl(4, 0)  # PR_SET_DUMPABLE: not to be read or traced by the code, if its user is the same
     _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours
-    return ("memory", "processes", *(["network"] if _refuse_sockets() else []))
+    if _refuse_calls():
+        return ("memory", "processes", "network")
+    return ("memory",) if job.user is None else ("memory", "processes")  # of our user, it can kill us and live on
 
 
-def _refuse_sockets() -> bool:
-    """Let the kernel refuse `socket` and io_uring, which can do the same, and `kill` of every process at once.
+def _refuse_calls() -> bool:
+    """Let the kernel refuse `socket`, io_uring, which can do the same, and signals to this process or to all at once.
 
     Returns:
         Whether it is known how, on this machine.
@@ -525,24 +530,30 @@ def _refuse_sockets() -> bool:
     import ctypes
     import struct
 
-    if os.uname().machine not in _SOCKET_SYSCALLS or sys.maxsize < 2**32:
+    if os.uname().machine not in _SYSCALLS or sys.maxsize < 2**32:
         return False
-    architecture, socket, kill = _SOCKET_SYSCALLS[os.uname().machine]
-    load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06
-    program = [  # operation, steps to skip if true, if false, operand: a number, or an offset into what was called
-        (load, 0, 0, 4),
-        (equal, 0, 8, architecture),
-        (load, 0, 0, 0),
-        (at_least, 6, 0, 0x40000000),  # the calls of x32
-        (equal, 5, 0, socket),
-        (equal, 4, 0, 425),  # io_uring_setup
-        (equal, 0, 2, kill),
-        (load, 0, 0, 16),
-        (equal, 1, 0, 0xFFFFFFFF),
-        (leave, 0, 0, 0x7FFF0000),  # allowed
-        (leave, 0, 0, 0x00050000 | 13),  # EACCES
+    architecture, socket, signalling = _SYSCALLS[os.uname().machine]
+    refused, launcher = (socket, _IO_URING_SETUP, _PIDFD_SEND_SIGNAL), os.getpid()
+    load, equal, at_least, leave, on = 0x20, 0x15, 0x35, 0x06, "on"
+    steps: list[tuple[int, int, str, str]] = [  # operation, operand (a number, or where it is), next if true, if false
+        (load, 4, on, on),
+        (equal, architecture, on, "refuse"),
+        (load, 0, on, on),
+        (at_least, 0x40000000, "refuse", on),  # the calls of x32
+        *((equal, number, "refuse", on) for number in refused),
+        *((equal, number, "to whom", on) for number in signalling),
+        (leave, 0x7FFF0000, on, on),  # allowed
+        (load, 16, on, on),
+        *((equal, to % 2**32, "refuse", on) for to in (launcher, -launcher, -1)),
+        (leave, 0x7FFF0000, on, on),
+        (leave, 0x00050000 | 13, on, on),  # EACCES
     ]
-    steps = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    places = {"to whom": 5 + len(refused) + len(signalling), "refuse": len(steps) - 1}
+    program = b"".join(
+        struct.pack("HBBI", step, *(places.get(to, place + 1) - place - 1 for to in (if_true, if_false)), operand)
+        for place, (step, operand, if_true, if_false) in enumerate(steps)
+    )
+    packed = ctypes.create_string_buffer(program)
 
     class Program(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_void_p))
@@ -550,7 +561,7 @@ def _refuse_sockets() -> bool:
     try:
         _prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
         filter_mode = ctypes.c_ulong(2)
-        _call("prctl", 22, filter_mode, ctypes.byref(Program(len(program), ctypes.addressof(steps))))  # PR_SET_SECCOMP
+        _call("prctl", 22, filter_mode, ctypes.byref(Program(len(steps), ctypes.addressof(packed))))  # PR_SET_SECCOMP
     except OSError:
         return False
     return True
@@ -565,8 +576,7 @@ def _keep(job: _Job) -> tuple[str, str]:
     token = os.urandom(16)
     proof, proof_end = os.pipe()
     os.set_blocking(proof, False)  # a process left behind may hold the other end
-    signal.signal(signal.SIGALRM, _stop)
-    signal.signal(signal.SIGTERM, _stop)
+    _await_signals()
     child = os.fork()
     if child == 0:
         os.close(proof)
@@ -579,18 +589,12 @@ def _keep(job: _Job) -> tuple[str, str]:
         _execute(job, os.path.join(os.environ["HOME"], "code.py"), proof_end, token)
     os.close(proof_end)
     try:
-        signal.setitimer(signal.ITIMER_REAL, job.limits.seconds)
-        ended, status = os.waitpid(-1, 0)
-        while ended != child:
-            ended, status = os.waitpid(-1, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except _StoppedError:
-        return "timed out", f"[ended after {job.limits.seconds:g} seconds]"
+        status = _status_in_time(child, job.limits.seconds)
     finally:
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not job.namespaces:
             _end_descendants(child)
+    if status is None:
+        return "timed out", f"[ended after {job.limits.seconds:g} seconds]"
     try:
         proven = os.read(proof, 64) == token
     except BlockingIOError:
@@ -598,8 +602,23 @@ def _keep(job: _Job) -> tuple[str, str]:
     return _verdict(status, proven)
 
 
-def _stop(*_: Any) -> NoReturn:
-    raise _StoppedError
+def _await_signals() -> None:
+    """Let the signals that `sigwait` is to tell of wait until it is called, so that none interrupts anything."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    for number in _AWAITED:
+        signal.signal(number, lambda *_: None)  # or some systems would drop those that are ignored by default
+
+
+def _status_in_time(child: int, seconds: float) -> int | None:
+    """What `waitpid` says of a child; None if time is up first, or we are told to end. Orphans are reaped."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    while not {signal.SIGALRM, signal.SIGTERM} & signal.sigpending():  # orphans may come faster than they are reaped
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        if ended == child:
+            return status
+        if not ended and signal.sigwait(_AWAITED) != signal.SIGCHLD:
+            break
+    return None
 
 
 def _verdict(status: int, proven: bool) -> tuple[str, str]:
@@ -647,19 +666,19 @@ def _kill_below(pid: int) -> None:
 
 def _take_on_limits(job: _Job) -> None:
     """Become the process that the code may have."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in _AWAITED:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _AWAITED)
     os.setsid()
     os.close(0)
     os.open(os.devnull, os.O_RDONLY)  # as descriptor 0, the lowest free one
-    if sys.platform == "linux":
-        _prctl(1, signal.SIGKILL)
     _set_limits(job)
     if job.user is not None:
         os.setgroups([])
         os.setgid(job.user)
         os.setuid(job.user)
     if sys.platform == "linux":
+        _prctl(1, signal.SIGKILL)  # after `setuid`, which undoes it
         _drop_capabilities()
     folder = _INSIDE if job.namespaces else job.folder
     library = os.path.dirname(os.__file__)

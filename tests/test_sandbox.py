@@ -234,6 +234,7 @@ ENDLESS = [
     "import signal\nfor i in range(1, 65):\n    try: signal.signal(i, signal.SIG_IGN)\n"
     "    except (OSError, ValueError): pass\nwhile True: pass",
     "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
+    "import os, time\nwhile os.fork() == 0:  # orphan after orphan\n    if os.fork(): os._exit(0)\ntime.sleep(600)",
     "while True: print('x' * 1000)",
 ]
 
@@ -426,8 +427,52 @@ def test_others_processes_cannot_be_killed(way):
     outcome = way.run("import os\ntry: os.kill(-1, 9)\nexcept OSError: pass\nos.kill(os.getppid(), 9)\nassert False")
     assert not outcome.passed
     assert way.process.poll() is None
-    if not way.namespaces and way.user != 0:  # it could kill the launcher, and dies just after
-        wait_until(lambda: not way.leftovers())
+
+
+SIGNALLING = {
+    "kill": "os.kill(launcher, 9)",
+    "kill of its group": "os.killpg(launcher, 9)",
+    "tkill": "call(tkill, launcher, 9)",
+    "tgkill": "call(tgkill, launcher, launcher, 9)",
+    "rt_sigqueueinfo": "call(rt_sigqueueinfo, launcher, 9, information)",
+    "rt_tgsigqueueinfo": "call(rt_tgsigqueueinfo, launcher, launcher, 9, information)",
+    "pidfd_send_signal": "signal.pidfd_send_signal(os.pidfd_open(launcher), 9)",
+}
+
+
+@pytest.mark.parametrize("how", SIGNALLING)
+def test_a_program_cannot_kill_its_launcher_and_live_on(way, how):
+    """And is ended with all that it started, which the fixture checks."""
+    if sys.platform != "linux" or os.uname().machine not in sandbox._SYSCALLS:
+        pytest.skip("the numbers of these calls are known on Linux, on two machines")
+    code = """
+import ctypes, errno, os, signal
+tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo = {numbers}
+information = (ctypes.c_int * 32)(0, 0, -1)
+launcher = os.getppid()
+tell, told = os.pipe()
+
+def call(*arguments):
+    if ctypes.CDLL(None, use_errno=True).syscall(*arguments):
+        raise OSError(ctypes.get_errno(), "")
+
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        try:
+            {signalling}
+        except OSError as error:
+            os.write(told, errno.errorcode[error.errno].encode())
+        else:
+            os.write(told, b"done")
+        signal.pause()
+    os._exit(0)
+os.wait()
+print(os.read(tell, 100))
+"""
+    outcome = way.run(code.format(numbers=sandbox._SYSCALLS[os.uname().machine][2][1:], signalling=SIGNALLING[how]))
+    if not way.namespaces:  # with them, its parent is the first process of its own, which no signal from there ends
+        assert (outcome.passed, outcome.output) in [(True, "b'EACCES'\n"), (True, "b'EPERM'\n")]
 
 
 def test_programs_end_with_the_evaluation(way):
