@@ -482,6 +482,20 @@ def test_punkt_comes_from_the_package(no_punkt, monkeypatch):
     punkt.ensure_punkt()  # found now
 
 
+def test_punkt_from_the_server_is_there_whole_or_not_at_all(no_punkt, monkeypatch):
+    def download(name, download_dir, quiet):
+        english = Path(download_dir) / "tokenizers" / name / "english"
+        english.mkdir(parents=True)
+        assert not punkt._found()  # nor would another process find a half of it
+        (english / "abbrev_types.txt").write_text("dr\n")
+        return True
+
+    (no_punkt / "tokenizers" / "punkt_tab" / "broken").mkdir(parents=True)  # of a run that was ended
+    monkeypatch.setattr(sys.modules["nltk"], "download", download)
+    punkt.ensure_punkt()
+    assert [path.name for path in no_punkt.rglob("*")] == ["tokenizers", "punkt_tab", "english", "abbrev_types.txt"]
+
+
 def test_missing_punkt_says_what_was_tried(no_punkt, monkeypatch):
     def download(*_):
         raise punkt.ModelNotFoundError("pip download failed: no network")

