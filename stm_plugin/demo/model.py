@@ -102,7 +102,8 @@ def find_model(name: str | None = None) -> ModelFolder:
     raise ModelNotFoundError(
         f"could not get the model {model_id}. Tried:\n"
         + "\n".join(f"  - {line}" for line in tried)
-        + "\nGive a folder that holds a model with --model, or run once with a network."
+        + f"\n{model_id} is nowhere to be had. Run once with a network, or name a folder that holds a model in its "
+        "place (`stm demo --model`, or `model` in the config of an experiment)."
     )
 
 
