@@ -35,9 +35,9 @@ _INSIDE = "/sandbox"  # the throw-away folder as the code sees it, where it sees
 _OFFERED = ("processes", "network", "files", "disk space")  # what some systems can cut and others cannot
 _SYSTEM = "/usr /bin /sbin /lib /lib32 /lib64 /nix/store /gnu/store /etc/alternatives /etc/ld.so.cache /etc/localtime"
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-_SYSCALLS = {  # architecture; socket; kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo
-    "x86_64": (0xC000003E, 41, (62, 200, 234, 129, 297)),
-    "aarch64": (0xC00000B7, 198, (129, 130, 131, 138, 240)),
+_SYSCALLS = {  # architecture; socket; fcntl; kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, prlimit64
+    "x86_64": (0xC000003E, 41, 72, (62, 200, 234, 129, 297, 302)),
+    "aarch64": (0xC00000B7, 198, 25, (129, 130, 131, 138, 240, 261)),
 }
 _IO_URING_SETUP, _PIDFD_SEND_SIGNAL = 425, 424  # on both
 _AWAITED = (signal.SIGCHLD, signal.SIGALRM, signal.SIGTERM) if os.name == "posix" else ()  # by launcher and keeper
@@ -516,13 +516,14 @@ def _prepare_without_namespaces(job: _Job) -> tuple[str, ...]:
     _prctl(1, signal.SIGTERM)
     _prctl(4, 0)  # PR_SET_DUMPABLE: not to be read or traced by the code, if its user is the same
     _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours
-    if _refuse_calls():
-        return ("memory", "processes", "network")
-    return ("memory",) if job.user is None else ("memory", "processes")  # of our user, it can kill us and live on
+    refused = _refuse_calls()
+    # Of our user, it could else kill us and live on, and descendants that went into the background have to be found.
+    ended = (refused or job.user is not None) and os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    return ("memory", *(["processes"] if ended else []), *(["network"] if refused else []))
 
 
 def _refuse_calls() -> bool:
-    """Let the kernel refuse `socket`, io_uring, which can do the same, and signals to this process or to all at once.
+    """Let the kernel refuse `socket`, io_uring, which can do the same, and what could end this process or limit it.
 
     Returns:
         Whether it is known how, on this machine.
@@ -532,23 +533,27 @@ def _refuse_calls() -> bool:
 
     if os.uname().machine not in _SYSCALLS or sys.maxsize < 2**32:
         return False
-    architecture, socket, signalling = _SYSCALLS[os.uname().machine]
-    refused, launcher = (socket, _IO_URING_SETUP, _PIDFD_SEND_SIGNAL), os.getpid()
+    architecture, socket, fcntl, by_pid = _SYSCALLS[os.uname().machine]
     load, equal, at_least, leave, on = 0x20, 0x15, 0x35, 0x06, "on"
-    steps: list[tuple[int, int, str, str]] = [  # operation, operand (a number, or where it is), next if true, if false
-        (load, 4, on, on),
-        (equal, architecture, on, "refuse"),
-        (load, 0, on, on),
-        (at_least, 0x40000000, "refuse", on),  # the calls of x32
-        *((equal, number, "refuse", on) for number in refused),
-        *((equal, number, "to whom", on) for number in signalling),
-        (leave, 0x7FFF0000, on, on),  # allowed
-        (load, 16, on, on),
-        *((equal, to % 2**32, "refuse", on) for to in (launcher, -launcher, -1)),
-        (leave, 0x7FFF0000, on, on),
-        (leave, 0x00050000 | 13, on, on),  # EACCES
-    ]
-    places = {"to whom": 5 + len(refused) + len(signalling), "refuse": len(steps) - 1}
+    blocks: dict[str, list[tuple[int, int, str, str]]] = {
+        "which call": [  # operation, operand (a number, or where it is), where to go on if true, if false
+            (load, 4, on, on),
+            (equal, architecture, on, "refuse"),
+            (load, 0, on, on),
+            (at_least, 0x40000000, "refuse", on),  # the calls of x32
+            *((equal, number, "refuse", on) for number in (socket, _IO_URING_SETUP, _PIDFD_SEND_SIGNAL)),
+            *((equal, number, "to whom", on) for number in by_pid),
+            (equal, fcntl, "to do what", "allow"),
+        ],
+        "to whom": [(load, 16, on, on)]
+        + [(equal, pid % 2**32, "refuse", on) for pid in (os.getpid(), -os.getpid())]
+        + [(equal, -1 % 2**32, "refuse", "allow")],
+        "to do what": [(load, 24, on, on), (equal, 10, "refuse", "allow")],  # F_SETSIG: which signal a file sends
+        "allow": [(leave, 0x7FFF0000, on, on)],
+        "refuse": [(leave, 0x00050000 | 13, on, on)],  # EACCES
+    }
+    steps = [step for block in blocks.values() for step in block]
+    places = {name: steps.index(block[0]) for name, block in blocks.items()}
     program = b"".join(
         struct.pack("HBBI", step, *(places.get(to, place + 1) - place - 1 for to in (if_true, if_false)), operand)
         for place, (step, operand, if_true, if_false) in enumerate(steps)
@@ -588,9 +593,12 @@ def _keep(job: _Job) -> tuple[str, str]:
         os.close(job.report)
         _execute(job, os.path.join(os.environ["HOME"], "code.py"), proof_end, token)
     os.close(proof_end)
+    status = None
     try:
         status = _status_in_time(child, job.limits.seconds)
     finally:
+        if status is None:
+            os.kill(child, signal.SIGKILL)  # it may not have come to have a group of its own
         if not job.namespaces:
             _end_descendants(child)
     if status is None:
@@ -603,8 +611,8 @@ def _keep(job: _Job) -> tuple[str, str]:
 
 
 def _await_signals() -> None:
-    """Let the signals that `sigwait` is to tell of wait until it is called, so that none interrupts anything."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    """Let all signals wait, so that none interrupts anything; `sigwait` tells of some when it is called."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     for number in _AWAITED:
         signal.signal(number, lambda *_: None)  # or some systems would drop those that are ignored by default
 
@@ -666,19 +674,19 @@ def _kill_below(pid: int) -> None:
 
 def _take_on_limits(job: _Job) -> None:
     """Become the process that the code may have."""
-    for number in _AWAITED:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _AWAITED)
+    _reset_signals()
     os.setsid()
     os.close(0)
     os.open(os.devnull, os.O_RDONLY)  # as descriptor 0, the lowest free one
+    if sys.platform == "linux":
+        _prctl(1, signal.SIGKILL)
     _set_limits(job)
     if job.user is not None:
         os.setgroups([])
         os.setgid(job.user)
         os.setuid(job.user)
     if sys.platform == "linux":
-        _prctl(1, signal.SIGKILL)  # after `setuid`, which undoes it
+        _prctl(1, signal.SIGKILL)  # again: `setuid` undoes it
         _drop_capabilities()
     folder = _INSIDE if job.namespaces else job.folder
     library = os.path.dirname(os.__file__)
@@ -692,6 +700,15 @@ def _take_on_limits(job: _Job) -> None:
     os.chdir(folder)
     sys.path += job.packages
     sys.executable = getattr(sys, "_base_executable", sys.executable)  # the one of a virtual environment is not here
+
+
+def _reset_signals() -> None:
+    """Have every signal as a Python that was just started has it, whatever it was to us or to the evaluation."""
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT}:
+        with suppress(OSError):  # SIGKILL, say
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _set_limits(job: _Job) -> None:

@@ -437,6 +437,8 @@ SIGNALLING = {
     "rt_sigqueueinfo": "call(rt_sigqueueinfo, launcher, 9, information)",
     "rt_tgsigqueueinfo": "call(rt_tgsigqueueinfo, launcher, launcher, 9, information)",
     "pidfd_send_signal": "signal.pidfd_send_signal(os.pidfd_open(launcher), 9)",
+    "prlimit": "resource.prlimit(launcher, resource.RLIMIT_NOFILE, (0, 0))",
+    "fcntl": "own(told, launcher, 9)",
 }
 
 
@@ -446,7 +448,7 @@ def test_a_program_cannot_kill_its_launcher_and_live_on(way, how):
     if sys.platform != "linux" or os.uname().machine not in sandbox._SYSCALLS:
         pytest.skip("the numbers of these calls are known on Linux, on two machines")
     code = """
-import ctypes, errno, os, signal
+import ctypes, errno, fcntl, os, resource, signal
 tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo = {numbers}
 information = (ctypes.c_int * 32)(0, 0, -1)
 launcher = os.getppid()
@@ -455,6 +457,11 @@ tell, told = os.pipe()
 def call(*arguments):
     if ctypes.CDLL(None, use_errno=True).syscall(*arguments):
         raise OSError(ctypes.get_errno(), "")
+
+def own(descriptor, pid, number):
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, pid)
+    fcntl.fcntl(descriptor, 10, number)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_ASYNC)
 
 if os.fork() == 0:
     os.setsid()
@@ -470,9 +477,17 @@ if os.fork() == 0:
 os.wait()
 print(os.read(tell, 100))
 """
-    outcome = way.run(code.format(numbers=sandbox._SYSCALLS[os.uname().machine][2][1:], signalling=SIGNALLING[how]))
+    outcome = way.run(code.format(numbers=sandbox._SYSCALLS[os.uname().machine][3][1:5], signalling=SIGNALLING[how]))
     if not way.namespaces:  # with them, its parent is the first process of its own, which no signal from there ends
         assert (outcome.passed, outcome.output) in [(True, "b'EACCES'\n"), (True, "b'EPERM'\n")]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1", "SIGCHLD", "SIGPIPE", "SIGSTOP"])
+def test_a_signal_to_its_parent_changes_nothing(way, name):
+    code = "import os, signal, time\ntry: os.kill(os.getppid(), signal.{})\nexcept OSError: pass\ntime.sleep(0.1)"
+    if name == "SIGSTOP" and "processes" not in way.isolation:
+        pytest.skip("this system cannot refuse it, so that its time is what ends it")
+    assert way.run(code.format(name)).passed
 
 
 def test_programs_end_with_the_evaluation(way):
@@ -536,6 +551,27 @@ def children() -> list[str]:
         with contextlib.suppress(OSError):  # a thread that has just ended; its children are another's
             found += path.read_text().split()
     return sorted(found)
+
+
+@needs_a_way
+def test_its_signals_are_those_of_a_new_python_whatever_they_are_here():
+    code = (
+        "import signal\nassert not signal.pthread_sigmask(signal.SIG_BLOCK, ())\n"
+        "print({int(n): str(signal.getsignal(n)).split(' at ')[0] for n in sorted(signal.valid_signals())})\n"
+        "try: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: print('interrupted')"
+    )
+    caller = (
+        "import signal, sys\nfrom stm_plugin.sandbox import Limits, run_code\n"
+        "for number in signal.valid_signals() - {9, 19}: signal.signal(number, signal.SIG_IGN)  # but KILL, STOP\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
+        "print(run_code(sys.argv[1], Limits(seconds=60)).output, end='')"
+    )
+    printed = [
+        subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True, timeout=120).stdout
+        for arguments in ([code], [caller, code])
+    ]
+    assert printed[0].endswith("interrupted\n")
+    assert printed[1] == printed[0]
 
 
 @needs_a_way
