@@ -30,7 +30,7 @@ def pure(session):
     """The tests that need neither torch nor a host."""
     session.install(*WITHOUT_TORCH, *TEST_TOOLS)
     session.install("--no-deps", ".")
-    run_tests(session)
+    run_tests(session, *PARALLEL)
 
 
 @nox.session(python="3.11")
@@ -38,7 +38,7 @@ def pure(session):
 def trl(session, stack):
     """All tests but the slow ones, against one TRL."""
     install_stack(session, stack)
-    run_tests(session, "-m", "not slow")
+    run_tests(session, "-m", "not slow", *PARALLEL)
 
 
 @nox.session(python="3.11")
@@ -46,7 +46,7 @@ def trl(session, stack):
 def slow(session, stack):
     """The tests that take minutes, against one TRL."""
     install_stack(session, stack)
-    session.run("pytest", "-m", "slow", *session.posargs)
+    run_tests(session, "-m", "slow")
 
 
 @nox.session(python="3.11", name="axolotl-0.19")
@@ -77,12 +77,12 @@ def benchmark_axolotl(session):
 
 def test_axolotl(session, release):
     install_axolotl(session, release)
-    run_tests(session, "-m", "not slow", "-k", "axolotl or example_configs")
+    run_tests(session, "-m", "not slow", "-k", "axolotl or example_configs", *PARALLEL)
 
 
-def run_tests(session, *which):
+def run_tests(session, *options):
     try:
-        session.run("pytest", *which, *PARALLEL, *session.posargs)
+        session.run("pytest", *options, *session.posargs)
     finally:
         if "REMOVE_ENVIRONMENTS" in os.environ:  # for a disk that does not hold all of them
             shutil.rmtree(session.virtualenv.location)

@@ -248,6 +248,16 @@ def test_endless_programs_are_ended(way):
             way.run_quickly(code, 4, seconds=0.5)
 
 
+def test_time_is_up_though_there_is_always_an_orphan_to_reap():
+    """Which no program makes for sure, so that `waitpid` is a stand-in."""
+    script = (
+        "import os, runpy, sys\nsandbox = runpy.run_path(sys.argv[1])\nsandbox['_await_signals']()\n"
+        "os.waitpid = lambda *_: (4711, 0)\nprint(sandbox['_status_in_time'](1, 0.1))"
+    )
+    command = [sys.executable, "-c", script, sandbox.__file__]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout == "None\n"
+
+
 def test_a_fork_bomb_is_contained(way):
     code = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     assert way.run_quickly(code, 4, seconds=0.5).status == "timed out"
